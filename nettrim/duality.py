@@ -1,0 +1,153 @@
+"""Lower bounds from dual points: what lets a solution say how far from the optimum it can be at most.
+
+The derivation is in docs/method.md. Here a point ``θ`` that a solver proposes is made feasible for the dual and scaled, one factor a neuron, so
+that the bound is the best these factors can give. Float64 throughout, one pass over the rows (two with unpenalised columns).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nettrim.programs import LayerProgram
+
+_FIXED_POINT_STEPS = 60
+_ORTHOGONAL = 1e-8  # a cosine below it is rounding
+
+
+def best_bound(program: LayerProgram, theta: Tensor) -> float:
+    """See :meth:`nettrim.programs.LayerProgram.lower_bound`, which is this function's public face."""
+    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    correction = _unpenalised_correction(program, theta, omega)
+    M, N = program.shape
+    correlation = torch.zeros((M, N), dtype=torch.float64, device=theta.device)
+    linear = torch.zeros(M, dtype=torch.float64, device=theta.device)
+    square, size = torch.zeros_like(linear), torch.zeros_like(linear)
+    columns_size = torch.zeros(N, dtype=torch.float64, device=theta.device)
+    for rows, A, Y, V in program.row_chunks():
+        t = _feasible_sign(program, theta[rows].double(), Y)
+        if correction is not None:
+            columns, shift = correction
+            t = torch.where(_support(program, Y), t - A[:, columns] @ shift, t)
+        correlation += t.T @ A
+        linear -= (t * Y).sum(0)
+        if V is not None:
+            linear -= torch.where(Y > 0, 0.0, t * V).sum(0)
+        square += (torch.where(Y > 0, t, 0.0) if program.one_sided else t).square().sum(0)
+        size += t.square().sum(0)
+        columns_size += A.square().sum(0)
+    limit = omega if program.regularization is None else program.regularization * omega
+    scale = _largest_scale(correlation.abs(), limit.expand(M, N), torch.outer(size, columns_size).sqrt())
+    if program.regularization is not None:
+        return _penalised(linear, square, scale)
+    return _budget(linear, square, scale, program.epsilon or 0.0)
+
+
+def best_gram_bound(program: LayerProgram, G: Tensor, C: Tensor, squares: Tensor, B: Tensor) -> float:
+    """The same bound for a layer without a ReLU, from ``G = AᵀA``, ``C = YᵀA`` and ``squares = ‖y_m‖²`` alone.
+
+    The dual point is ``θ = A Bᵀ − Y`` for any ``B`` (M, N), scaled neuron by neuron; then ``Aᵀθ = B G − C``, ``−⟨θ, y⟩ = ‖y‖² − ⟨b, c⟩`` and
+    ``‖θ‖² = ‖y‖² − 2⟨b, c⟩ + ⟨b, b G⟩``. With unpenalised columns ``B`` is corrected on them, so that their correlations vanish.
+    """
+    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    free = _free_columns(omega)
+    correlation = B @ G - C
+    if free.numel():
+        wanted = _is_free(omega, free)
+        if bool(wanted.all()):
+            shift = correlation[:, free] @ torch.linalg.pinv(G[free][:, free], hermitian=True)
+        else:
+            gram = G[free][:, free] * wanted.unsqueeze(2) * wanted.unsqueeze(1)
+            shift = (torch.linalg.pinv(gram, hermitian=True) @ (correlation[:, free] * wanted).unsqueeze(2)).squeeze(2)
+        B = B.clone()
+        B[:, free] -= shift
+        correlation -= shift @ G[free]
+    inner = (B * C).sum(1)
+    linear = squares - inner
+    square = (linear + (B * correlation).sum(1)).clamp(min=0)
+    limit = omega if program.regularization is None else program.regularization * omega
+    scale = _largest_scale(correlation.abs(), limit.expand_as(correlation), torch.outer(square, G.diagonal()).sqrt())
+    if program.regularization is not None:
+        return _penalised(linear, square, scale)
+    return _budget(linear, square, scale, program.epsilon or 0.0)
+
+
+def _support(program: LayerProgram, Y: Tensor) -> Tensor:
+    return Y > 0 if program.relu else torch.ones_like(Y, dtype=torch.bool)
+
+
+def _feasible_sign(program: LayerProgram, theta: Tensor, Y: Tensor) -> Tensor:
+    """``θ`` clipped at 0 off Ω."""
+    return torch.where(Y > 0, theta, theta.clamp(min=0)) if program.relu else theta
+
+
+def _free_columns(omega: Tensor) -> Tensor:
+    """The columns that some neuron does not penalise."""
+    return torch.nonzero((omega if omega.ndim == 1 else omega.amin(0)) == 0).flatten()
+
+
+def _is_free(omega: Tensor, columns: Tensor) -> Tensor:
+    """Which neurons don't penalise which of these columns: (1, k) or (M, k) float64."""
+    return torch.atleast_2d(omega[..., columns] == 0).double()
+
+
+def _largest_scale(correlation: Tensor, limit: Tensor, reach: Tensor) -> Tensor:
+    """Per neuron the largest ``s`` with ``s |Aᵀθ| ≤ limit``; ``reach = ‖a‖‖θ‖``.
+
+    Columns without a penalty were dealt with by the projection. Where it could not make them orthogonal to ``θ`` (no row in Ω to correct), only
+    ``s = 0`` is left.
+    """
+    orthogonal = torch.where(correlation <= _ORTHOGONAL * reach, torch.inf, 0.0)
+    ratio = torch.where(limit > 0, limit / correlation.clamp(min=torch.finfo(torch.float64).tiny), orthogonal)
+    scale = ratio.amin(1)
+    return torch.where(torch.isfinite(scale), scale, 0.0)
+
+
+def _unpenalised_correction(program: LayerProgram, theta: Tensor, omega: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Columns with ``ω_j = 0`` and the shift ``x`` (k, M) for which ``θ − A_k x`` on Ω is orthogonal to them.
+
+    A column without a penalty (a free bias) asks for ``a_jᵀθ = 0`` exactly, which no scaling can give. Off Ω the clipped values stay as they are.
+    """
+    columns = _free_columns(omega)
+    if columns.numel() == 0:
+        return None
+    k, M = columns.numel(), program.shape[0]
+    gram = torch.zeros((M, k, k), dtype=torch.float64, device=theta.device)
+    moment = torch.zeros((M, k), dtype=torch.float64, device=theta.device)
+    for rows, A, Y, _ in program.row_chunks():
+        B, inside = A[:, columns], _support(program, Y).double()
+        moment += _feasible_sign(program, theta[rows].double(), Y).T @ B
+        gram += torch.einsum("pm,pi,pj->mij", inside, B, B)
+    wanted = _is_free(omega, columns)  # a column may be free for some neurons only
+    gram = gram * wanted.unsqueeze(2) * wanted.unsqueeze(1)
+    shift = torch.linalg.pinv(gram, hermitian=True) @ (moment * wanted).unsqueeze(2)
+    return columns, shift.squeeze(2).T
+
+
+def _penalised(linear: Tensor, square: Tensor, scale: Tensor) -> float:
+    """``Σ_m max_{0 ≤ s ≤ s̄_m} s·linear_m − ½ s² square_m``."""
+    best = torch.where(square > 0, (linear / square).clamp(min=0), torch.where(linear > 0, torch.inf, 0.0))
+    s = torch.minimum(best, scale)
+    return max(0.0, float((s * linear - 0.5 * s * s * square).sum()))
+
+
+def _budget(linear: Tensor, square: Tensor, scale: Tensor, epsilon: float) -> float:
+    """``max_{0 ≤ s ≤ s̄} Σ_m s_m linear_m − ε √(Σ_m s_m² square_m)``, concave in ``s``.
+
+    Its stationarity reads ``s_m = clip(τ linear_m / (ε square_m), 0, s̄_m)`` with ``τ² = Σ s_m² square_m``: a fixed point in one number. Every
+    iterate is a valid point, so the best value met is returned; the common factor for all neurons is tried too.
+    """
+    def value(s: Tensor) -> float:
+        return float((s * linear).sum() - epsilon * (s.square() * square).sum().sqrt())
+
+    best = max(0.0, value(scale.min().expand_as(scale)))
+    s = torch.where(linear > 0, scale, 0.0)
+    for _ in range(_FIXED_POINT_STEPS):
+        best = max(best, value(s))
+        tau = (s.square() * square).sum().sqrt()
+        wanted = tau * linear / (epsilon * square).clamp(min=torch.finfo(torch.float64).tiny)
+        s = torch.where(linear > 0, torch.minimum(scale, wanted), 0.0)
+    return best

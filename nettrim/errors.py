@@ -1,0 +1,25 @@
+"""Every error that nettrim raises: one root, and one child for each thing a caller may want to tell apart."""
+
+
+class NetTrimError(Exception):
+    """Root of all errors raised by nettrim."""
+
+
+class ArgumentError(NetTrimError, ValueError):
+    """An argument is not what was expected; the message says what was given, what was expected and what to do."""
+
+
+class CalibrationError(ArgumentError):
+    """The calibration data, or what the model makes of it, cannot be used (empty, NaN, wrong shape, forward failed)."""
+
+
+class UnsupportedProgramError(ArgumentError):
+    """The solver does not take this kind of program; the message names the solvers that do."""
+
+
+class InfeasibleError(NetTrimError):
+    """No weights satisfy the layer program; the message names the layer and the smallest feasible budget."""
+
+
+class ConvergenceError(NetTrimError):
+    """A solver stopped without a feasible point; nothing was written into the model."""

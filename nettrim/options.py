@@ -1,0 +1,95 @@
+"""What a caller may ask of ``nettrim.prune``: the arguments that are neither data nor callables, refused early where they are out of range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+from nettrim.errors import ArgumentError
+from nettrim.solvers import check_solver
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`nettrim.prune` by the same names."""
+
+    epsilon: float | Mapping[str, float]
+    mode: str
+    gamma: float
+    kappa: float
+    consistency: str
+    penalty: str
+    solver: str
+    tol: float
+    max_iter: int | None
+    bias_weight: float
+    holdout: float
+    max_rows: int | None
+    seed: int
+    on_failure: str
+
+    def check(self) -> None:
+        """Refuse what is out of range before anything is run (``epsilon`` is checked against the layers it is for).
+
+        Raises
+        ------
+        ArgumentError
+            Naming the argument, what was given and what was expected.
+        """
+        for name, allowed in (
+            ("mode", ("cascade", "parallel")),
+            ("consistency", ("relaxed", "paper")),
+            ("penalty", ("l1",)),
+            ("on_failure", ("raise", "keep_dense")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ArgumentError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
+        if not isinstance(self.solver, str):
+            raise ArgumentError(f"solver={self.solver!r}; expected the name of one, or 'auto'")
+        check_solver(self.solver)
+        self._number("gamma", lambda value: value >= 1, "a number at least 1: below it the dense weights would not be feasible")
+        self._number("kappa", lambda value: 0 < value <= 1, "a number in (0, 1]")
+        self._number("tol", lambda value: value > 0, "a number above 0")
+        self._number("bias_weight", lambda value: value >= 0, "a number at least 0")
+        self._number("holdout", lambda value: 0 <= value < 1, "a share in [0, 1), 0 to keep no sample out")
+        for name in ("max_rows", "max_iter"):
+            if getattr(self, name) is not None:
+                self._number(name, lambda value: isinstance(value, int) and value >= 1, "None or a whole number, at least 1")
+        self._number("seed", lambda value: isinstance(value, int), "a whole number")
+        if self.kappa != 1 and (self.mode == "parallel" or isinstance(self.epsilon, Mapping)):
+            where = "mode='parallel'" if self.mode == "parallel" else "a mapping of budgets"
+            raise ArgumentError(f"kappa={self.kappa} tightens the last budget that gamma sets in a cascade; with {where}, give that layer its own")
+
+    def _number(self, name: str, good: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not good(value):
+            raise ArgumentError(f"{name}={value!r}; expected {expected}")
+
+    def describe(self) -> dict[str, object]:
+        """As the report keeps them: the keys of a mapping of budgets are names, or the names of types."""
+        described: dict[str, object] = dict(vars(self))
+        if isinstance(self.epsilon, Mapping):
+            described["epsilon"] = {getattr(key, "__name__", key): value for key, value in self.epsilon.items()}
+        return described
+
+
+def check_device(device: object) -> None:
+    """Refuse a device that holds no numbers here.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device).item()  # type: ignore[call-overload]
+    except Exception as error:
+        raise ArgumentError(
+            f"device={device!r} cannot be used ({type(error).__name__}: {error}); expected None, 'cpu' or another device that torch has here"
+        ) from error

@@ -1,0 +1,350 @@
+"""The layer programs: what is minimised, over which set, and what proves how good a solution is.
+
+One class holds all of them. Its letters are the papers' (with samples as rows, the papers' transpose):
+
+======  ========  =================================================================================
+letter  shape     meaning
+======  ========  =================================================================================
+``A``   (P, N)    layer inputs; with a bias the last column is ones
+``W``   (M, N)    weights (torch's orientation); with a bias the last column is the bias
+``Z``   (P, M)    pre-activations ``A Wᵀ``
+``Y``   (P, M)    targets: the dense layer's outputs, after its ReLU if it has one
+``Ω``   (P, M)    ``Y > 0``; everything, for a layer without a ReLU behind it
+``V``   (P, M)    upper bound of ``Z`` off Ω (paper's set; 0 unless given)
+``D``   (P, M)    residual: ``z − y`` on Ω, ``max(z − v, 0)`` off Ω
+``ω``   (M, N)    weights of the ℓ1 norm
+======  ========  =================================================================================
+
+Sets (Aghasi et al., SIAM J. Math. Data Sci. 2020, eq. (3) and (6); NIPS 2017, eq. (4)):
+
+* ``consistency="paper"``:   ``C_ε(A, Y, V) = {W : Σ_Ω (z − y)² ≤ ε²,  z ≤ v off Ω}``
+* ``consistency="relaxed"``: ``{W : F(W) = Σ_Ω (z − y)² + Σ_{Ωᶜ} max(z, 0)² ≤ ε²}``, which holds ``C_ε(A, Y, 0)`` inside it and
+  gives the same guarantee ``‖relu(Z) − Y‖_F ≤ ε`` (docs/method.md has the proof)
+* ``activation=None``:       ``{W : ‖A Wᵀ − Y‖_F ≤ ε}``
+
+Programs: ``min Σ ω|w|`` over the set (``epsilon=``), or ``min λ Σ ω|w| + ½ · misfit`` (``regularization=``, Net-Trim v1), the paper's
+one-sided constraints kept as constraints.
+
+Every figure here is computed in float64, in chunks of rows, whatever the precision of the data: this is what solutions are judged by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nettrim.duality import best_bound
+from nettrim.errors import ArgumentError
+from nettrim.rows import Rows, Stream, as_rows
+
+# A one-sided constraint z <= v is met when ‖max(z − v, 0)‖_F is below this share of the budget (of ‖Y‖_F where there is none): first-order
+# solvers approach a million inequalities from outside. The budget itself is never exceeded: that norm counts in it.
+ONE_SIDED_TOLERANCE = 1e-4
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What weights do to the constraints and to the layer's output, all in float64.
+
+    Attributes
+    ----------
+    on_support : float
+        ``Σ_Ω (z − y)²``.
+    off_support : float
+        ``Σ_{Ωᶜ} max(z − v, 0)²``; 0 for a layer without a ReLU.
+    discrepancy : float
+        ``‖relu(Z) − Y‖_F``, or ``‖Z − Y‖_F`` without a ReLU.
+    """
+
+    on_support: float
+    off_support: float
+    discrepancy: float
+
+    @property
+    def distance(self) -> float:
+        """``‖D‖_F``: zero when every target is met and no one-sided constraint is exceeded."""
+        return math.sqrt(self.on_support + self.off_support)
+
+
+def residual(Z: Tensor, Y: Tensor, V: Tensor | None = None, *, relu: bool = True) -> Tensor:
+    """``D``: ``z − y`` on Ω and ``max(z − v, 0)`` off Ω (everywhere ``z − y`` without a ReLU).
+
+    ``Z − D`` is the projection of ``Z`` onto ``{z = y on Ω, z ≤ v off Ω}``, and for ``V = 0`` half the square of ``D``'s norm has ``D`` as its
+    gradient with respect to ``Z``. Shapes: all (P, M).
+    """
+    if not relu:
+        return Z - Y
+    off = Z if V is None else Z - V
+    return torch.where(Y > 0, Z - Y, off.clamp(min=0))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProgram:
+    """One layer's convex program.
+
+    Parameters
+    ----------
+    inputs : Tensor, ndarray or callable, (P, N)
+        ``A``, one sample a row; for a bias, append a column of ones. A ``numpy.memmap`` stays on disk; a callable returns a fresh iterable of row
+        chunks each time (see :class:`nettrim.rows.Rows`).
+    targets : Tensor, ndarray or callable, (P, M)
+        ``Y``, the dense layer's outputs: after the ReLU for ``activation="relu"`` (so never negative).
+    epsilon : float, optional
+        Budget on the output discrepancy: absolute, Frobenius norm. Exactly one of ``epsilon`` and ``regularization`` is given.
+    regularization : float, optional
+        ``λ`` of the penalised form.
+    penalty : {"l1"}
+        The papers' objective.
+    activation : {"relu", None}
+        What follows the layer.
+    consistency : {"relaxed", "paper"}
+        Which set (see the module's docstring); without a ReLU the two are the same.
+    upper : Tensor or ndarray, (P, M), optional
+        ``V`` of the paper's set (0 by default).
+    l1_weights : float, Tensor or ndarray, (N,) or (M, N), optional
+        ``ω ≥ 0`` (1 by default).
+
+    Raises
+    ------
+    ArgumentError
+        If a shape, a dtype or a value is not as described.
+    """
+
+    inputs: Tensor | Stream
+    targets: Tensor | Stream
+    epsilon: float | None = field(default=None, kw_only=True)
+    regularization: float | None = field(default=None, kw_only=True)
+    penalty: str = field(default="l1", kw_only=True)
+    activation: str | None = field(default="relu", kw_only=True)
+    consistency: str = field(default="relaxed", kw_only=True)
+    upper: Tensor | None = field(default=None, kw_only=True)
+    l1_weights: Tensor | float | None = field(default=None, kw_only=True)
+    _rows: Rows = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.activation not in ("relu", None):
+            raise ArgumentError(f"activation={self.activation!r}; expected 'relu' or None")
+        if self.consistency not in ("relaxed", "paper"):
+            raise ArgumentError(f"consistency={self.consistency!r}; expected 'relaxed' or 'paper'")
+        if self.penalty != "l1":
+            raise ArgumentError(f"penalty={self.penalty!r}; expected 'l1'")
+        self._check_level()
+        if self.upper is not None and not self.one_sided:
+            raise ArgumentError("upper was given; it belongs to consistency='paper' with activation='relu'")
+        rows = Rows(self.inputs, self.targets, self.upper, nonnegative=self.relu)
+        put("_rows", rows)
+        put("upper", rows.upper)
+        for name in ("inputs", "targets"):
+            if getattr(rows, name) is not None:
+                put(name, getattr(rows, name))
+        put("l1_weights", self._expand_l1_weights())
+
+    def _check_level(self) -> None:
+        if (self.epsilon is None) == (self.regularization is None):
+            raise ArgumentError(
+                f"epsilon={self.epsilon!r} and regularization={self.regularization!r}; expected exactly one of them (a budget, or a penalty)"
+            )
+        for name, smallest in (("epsilon", 0.0), ("regularization", None)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            value = float(value)
+            if not math.isfinite(value) or (value < 0 if smallest == 0.0 else value <= 0):
+                raise ArgumentError(f"{name}={value}; expected a finite number {'at least' if smallest == 0.0 else 'above'} 0")
+            object.__setattr__(self, name, value)
+
+    def _expand_l1_weights(self) -> Tensor:
+        given = 1.0 if self.l1_weights is None else self.l1_weights
+        M, N = self.shape
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        omega = torch.full((N,), float(given)).to(like) if isinstance(given, (int, float)) else as_rows(given, "l1_weights", like)
+        if omega.shape not in ((N,), (M, N)):
+            raise ArgumentError(f"l1_weights have shape {tuple(omega.shape)}; expected a number, ({N},) or ({M}, {N})")
+        if bool((omega < 0).any()):
+            raise ArgumentError("l1_weights hold negative numbers; the objective would not be convex")
+        return omega
+
+    # -- what the program is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N), the shape of the weights."""
+        return self._rows.outputs, self._rows.width
+
+    @property
+    def rows(self) -> int:
+        """P."""
+        return self._rows.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs, and of solutions: float32 or float64."""
+        return self._rows.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the inputs, and of solutions."""
+        return self._rows.device
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows come from a callable; only solvers that say so take such a program."""
+        return self._rows.streamed
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the inputs are a plain array: neither streamed nor a ``numpy.memmap``."""
+        return self._rows.in_memory
+
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``A``, ``Y``, ``V`` in float64, whole: for solvers that need them so."""
+        assert isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)
+        return self.inputs.double(), self.targets.double(), None if self.upper is None else self.upper.double()
+
+    @property
+    def relu(self) -> bool:
+        return self.activation == "relu"
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether ``z ≤ v`` off Ω is a constraint (the paper's set) instead of a part of the misfit."""
+        return self.relu and self.consistency == "paper"
+
+    @property
+    def omega(self) -> Tensor:
+        """Ω, (P, M) bool."""
+        return torch.cat([Y > 0 if self.relu else torch.ones_like(Y, dtype=torch.bool) for _, _, Y, _ in self.row_chunks(self.dtype)])
+
+    @property
+    def target_norm(self) -> float:
+        """``‖Y‖_F``."""
+        return math.sqrt(sum(float(Y.square().sum()) for _, _, Y, _ in self.row_chunks()))
+
+    @property
+    def description(self) -> str:
+        """Kind of program in words, for messages."""
+        level = "budget" if self.epsilon is not None else "penalised"
+        return f"{level} program on the {'no-ReLU' if not self.relu else self.consistency} set"
+
+    def row_chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """``(rows, A, Y, V)`` chunk by chunk in ``dtype``, each of a bounded size."""
+        return self._rows.chunks(dtype)
+
+    def target_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """``(rows, Y, V)`` chunk by chunk, for what needs no inputs."""
+        for rows, _, Y, V in self.row_chunks(dtype):
+            yield rows, Y, V
+
+    # -- the primal side -------------------------------------------------------------------------------------------------------
+
+    def norm(self, W: Tensor) -> float:
+        """``Σ ω|w|`` for W of shape (M, N)."""
+        return float((self.l1_weights.double() * W.double().abs()).sum())  # type: ignore[union-attr]
+
+    def measure(self, W: Tensor) -> Measures:
+        """One pass over the rows: misfit, one-sided excess and output discrepancy of W, (M, N)."""
+        W = W.to(self.device, torch.float64)
+        on = off = out = 0.0
+        for _, A, Y, V in self.row_chunks():
+            Z = A @ W.T
+            D = residual(Z, Y, V, relu=self.relu)
+            total = float(D.square().sum())
+            if not self.relu:
+                on, out = on + total, out + total
+                continue
+            inside = float(D[Y > 0].square().sum())
+            on, off = on + inside, off + max(total - inside, 0.0)
+            out += float((Z.clamp(min=0) - Y).square().sum())
+        return Measures(on, off, math.sqrt(out))
+
+    def objective(self, W: Tensor) -> float:
+        """``Σ ω|w|`` of a budget program; ``λ Σ ω|w| + ½ · misfit`` of a penalised one."""
+        if self.regularization is None:
+            return self.norm(W)
+        return self.regularization * self.norm(W) + 0.5 * self.misfit(W)
+
+    def misfit(self, W: Tensor) -> float:
+        """``F(W)``; for the paper's set its part on Ω, the rest being constraints."""
+        return self.misfit_of(self.measure(W))
+
+    def misfit_of(self, measures: Measures) -> float:
+        """The misfit that the measures of some weights say (see :meth:`misfit`)."""
+        return measures.on_support if self.one_sided else measures.on_support + measures.off_support
+
+    def gradient(self, W: Tensor) -> Tensor:
+        """``∂ misfit / ∂W = 2 Dᵀ A``, (M, N) float64 (on Ω alone for the paper's set)."""
+        W = W.to(self.device, torch.float64)
+        gradient = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        for _, A, Y, V in self.row_chunks():
+            D = residual(A @ W.T, Y, V, relu=self.relu)
+            if self.one_sided:
+                D = torch.where(Y > 0, D, 0.0)
+            gradient += 2 * D.T @ A
+        return gradient
+
+    def discrepancy(self, W: Tensor) -> float:
+        """``‖relu(A Wᵀ) − Y‖_F`` (``‖A Wᵀ − Y‖_F`` without a ReLU)."""
+        return self.measure(W).discrepancy
+
+    def violation(self, W: Tensor) -> float:
+        """Largest relative excess over a constraint, 0 when all are met (see :meth:`violation_of`)."""
+        return self.violation_of(self.measure(W))
+
+    def violation_of(self, measures: Measures) -> float:
+        """``max((‖D‖_F − ε)/ε, ‖max(z − v, 0)‖_F/ε, 0)``, the second for the paper's set only (over ``‖Y‖_F`` in a penalised program)."""
+        excess = 0.0
+        if self.epsilon is not None and measures.distance > self.epsilon:
+            excess = math.inf if self.epsilon == 0 else (measures.distance - self.epsilon) / self.epsilon
+        return max(excess, self.one_sided_excess(measures))
+
+    def one_sided_excess(self, measures: Measures) -> float:
+        """``‖max(z − v, 0)‖_F / ε`` of the paper's set (over ``‖Y‖_F`` in a penalised program); 0 for the others."""
+        if not self.one_sided or measures.off_support == 0:
+            return 0.0
+        scale = self.epsilon if self.epsilon is not None else self.target_norm
+        return math.inf if scale == 0 else math.sqrt(measures.off_support) / scale
+
+    def is_feasible(self, W: Tensor) -> bool:
+        """Whether W keeps the budget (to rounding) and the one-sided constraints (to :data:`ONE_SIDED_TOLERANCE`)."""
+        return self.feasible_by(self.measure(W))
+
+    def feasible_by(self, measures: Measures) -> bool:
+        """Feasibility, from the measures of some weights."""
+        if not math.isfinite(measures.distance):
+            return False
+        if self.epsilon is not None and measures.distance > self.epsilon * (1 + ROUNDING):
+            return False
+        return self.violation_of(measures) <= (ONE_SIDED_TOLERANCE if self.one_sided else ROUNDING)
+
+    # -- the dual side ---------------------------------------------------------------------------------------------------------
+
+    def lower_bound(self, theta: Tensor) -> float:
+        """Bound on the optimum that a dual point proves, by weak duality.
+
+        With ``Σ ω|w|``'s conjugate, every ``θ`` with ``|Aᵀθ| ≤ ω`` (``≤ λω`` for a penalised program) and ``θ ≥ 0`` off Ω gives
+
+        * budget: ``−⟨θ_Ω, y⟩ − ⟨θ_{Ωᶜ}, v⟩ − ε‖θ‖_F`` (the norm on Ω alone for the paper's set; ``v = 0`` for the relaxed one)
+        * penalised: ``−Σ_Ω (½θ² + θy) − Σ_{Ωᶜ} ½θ²`` (the last sum is ``⟨θ, v⟩`` for the paper's set)
+
+        Any ``theta`` is made feasible first: clipped at 0 off Ω, projected to ``a_jᵀθ = 0`` for columns with ``ω_j = 0``, and scaled neuron
+        by neuron with the factors that give the best bound. Both signs of convention fail safe: a useless ``theta`` gives 0.
+
+        Parameters
+        ----------
+        theta : Tensor, (P, M)
+
+        Returns
+        -------
+        float
+            A lower bound on the optimal objective, at least 0.
+        """
+        return best_bound(self, theta)

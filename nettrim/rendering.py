@@ -1,0 +1,130 @@
+"""How a report looks: its verdict in a line, its table as text and as HTML, its figure. No number is made here."""
+
+import io
+import math
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from nettrim.report import Certificate, LayerReport, Report
+
+WIDTH = 120  # columns of a report as text, wherever it goes: it reads the same in a log and in a terminal
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>nettrim report</title></head>
+<body style="margin: 2rem; color: {foreground}; background-color: {background};">
+<pre style="font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; line-height: 1.3"><code>{code}</code></pre>
+</body>
+</html>
+"""
+
+
+def number(value: float | None) -> str:
+    """Return four significant digits, or a dash for None."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent, or a dash for None; a share too small for its digits is not shown as zero."""
+    if value is None:
+        return "-"
+    return "< 0.01 %" if 0 < value < 5e-5 else f"{value:.2%}".replace("%", " %")
+
+
+def verdict(certificate: "Certificate") -> str:
+    """Return one line: does the certificate hold, and what was measured against what was guaranteed."""
+    judgement = "certificate holds" if certificate.holds else "CERTIFICATE DOES NOT HOLD"
+    bound = f"measured {number(certificate.measured)}"
+    if certificate.guaranteed is None:
+        bound += ", no bound for the whole network"
+    else:
+        # "not <=" rather than ">": a NaN is no proof either
+        relation = "<=" if certificate.measured <= certificate.guaranteed else "not <="
+        bound += f" {relation} guaranteed {number(certificate.guaranteed)}"
+    shares = f"{percent(certificate.relative_measured)} of the dense output"
+    if certificate.holdout is not None:
+        shares += f"; held-out {percent(certificate.holdout)}"
+    return f"{judgement}: {bound} ({shares})"
+
+
+def text(report: "Report") -> str:
+    """Return the report as plain text: no escape codes, the same width everywhere."""
+    out = io.StringIO()
+    _print(report, Console(file=out, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def page(report: "Report") -> str:
+    """Return the report as one HTML page that needs no other file."""
+    console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
+    _print(report, console)
+    return console.export_html(inline_styles=True, code_format=_PAGE)
+
+
+def figure(report: "Report", figure_type: "type[Figure]") -> "Figure":
+    """Draw a report on a new `figure_type`: densities to the left, promised and measured discrepancies to the right."""
+    names = [layer.name.replace("$", r"\$") for layer in report.layers]  # a pair of $ would be read as TeX
+    places = range(len(names))
+    drawing = figure_type(figsize=(max(8.0, 1.2 * len(names)), 4.0), layout="constrained")
+    kept, promise = drawing.subplots(1, 2)
+    kept.bar(places, [layer.density for layer in report.layers], color="tab:blue")
+    kept.set(title="weights kept", ylabel="density", ylim=(0.0, 1.0))
+    width = 0.4
+    for shift, label, values, color in (
+        (-width / 2, "promised", [layer.epsilon for layer in report.layers], "lightgray"),
+        (width / 2, "measured", [layer.discrepancy for layer in report.layers], "tab:orange"),
+    ):
+        finite = [value if math.isfinite(value) else math.nan for value in values]  # an infinite bar has no top
+        promise.bar([place + shift for place in places], finite, width, label=label, color=color)
+    promise.set(title="output discrepancy", ylabel="Frobenius norm")
+    promise.legend()
+    for axes in (kept, promise):
+        axes.set_xticks(list(places), names, rotation=30, ha="right")
+    return drawing
+
+
+def _print(report: "Report", console: Console) -> None:
+    """Print the verdict, the call, the table of layers and the layers left dense."""
+    certificate = report.certificate
+    console.print(Text(verdict(certificate), style="bold green" if certificate.holds else "bold red"))
+    if certificate.explanation:
+        console.print(Text(certificate.explanation))
+    shown = [f"density {percent(report.density)}"]
+    shown += [f"{key} {report.options[key]}" for key in ("mode", "consistency", "epsilon") if key in report.options]
+    console.print(Text(", ".join([*shown, f"{number(report.seconds)} s"])))
+    if report.layers:
+        console.print(_layer_table(report.layers))  # this box has empty lines for its edges
+    for name, reason in report.skipped.items():
+        console.print(Text(f"left dense: {name}: {reason}"))
+
+
+def _layer_table(layers: "tuple[LayerReport, ...]") -> Table:
+    table = Table(box=box.MARKDOWN)  # plain ASCII: it prints everywhere, and pastes into an issue as a table
+    table.add_column("layer", overflow="fold", min_width=16)
+    for header in ("shape", "density", "promised", "measured", "relative", "gap"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("status", overflow="fold")
+    for header in ("steps", "seconds"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for layer in layers:
+        cells = (
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            percent(layer.density),
+            number(layer.epsilon),
+            number(layer.discrepancy),
+            percent(layer.relative_discrepancy),
+            percent(layer.gap),
+            layer.status,
+            str(layer.iterations),
+            number(layer.seconds),
+        )
+        table.add_row(*map(Text, cells))  # Text: a layer's name is never read as markup
+    return table

@@ -1,0 +1,298 @@
+"""What a pruning run reports: one record a layer, the network's certificate, and the forms they can be kept in.
+
+Nothing is computed here: every number was measured elsewhere and is only kept, shown, written and read.
+"""
+
+import dataclasses
+import json
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from nettrim import rendering
+from nettrim.errors import ArgumentError, NetTrimError
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+SCHEMA = 1  # of the dictionary and the JSON file; raised when a reader of the old one would misread the new one
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the module in the model.
+    shape : tuple of int
+        (M, N): outputs and inputs of the weight matrix, without the bias.
+    rows : int
+        P, the calibration rows that the program was solved on.
+    nonzeros : int
+        Entries of the weight matrix that are kept.
+    density : float
+        ``nonzeros`` as a share of the M N entries, in [0, 1].
+    epsilon : float
+        Budget promised: Frobenius norm of the layer's output discrepancy over those rows.
+    discrepancy : float
+        The same norm, measured by running the stored layer.
+    relative_discrepancy : float
+        ``discrepancy`` as a share of the norm of the dense network's output.
+    objective, lower_bound : float
+        Value of the program at the solution, and a proven lower bound on its optimum.
+    gap : float
+        Relative distance between these two.
+    status : str
+        ``"optimal"``, ``"feasible"``, ``"infeasible"`` or ``"iteration_limit"``.
+    iterations : int
+        Of the solver.
+    seconds : float
+        Spent in the solver.
+    solver : str
+        Name of the solver that was used.
+    activation : str or None
+        ``"relu"`` where a ReLU follows the layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: int
+    nonzeros: int
+    density: float
+    epsilon: float
+    discrepancy: float
+    relative_discrepancy: float
+    objective: float
+    lower_bound: float
+    gap: float
+    status: str
+    iterations: int
+    seconds: float
+    solver: str
+    activation: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Promised against measured, for the whole network.
+
+    Attributes
+    ----------
+    holds : bool
+        Every promise was kept.
+    guaranteed : float or None
+        Bound on the Frobenius norm of the network's output discrepancy on the calibration samples solved on; None when
+        there is none (the layers are no chain), and `explanation` says why.
+    measured : float
+        That norm, measured by running the stored network.
+    holdout : float or None
+        Relative output discrepancy on the calibration samples kept out; None without any.
+    relative_measured : float
+        `measured` as a share of the norm of the dense network's output.
+    explanation : str
+        What the bound rests on, or why there is none, or which promise was broken.
+    """
+
+    holds: bool
+    guaranteed: float | None
+    measured: float
+    holdout: float | None
+    relative_measured: float
+    explanation: str
+
+    def __str__(self) -> str:
+        return rendering.verdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `nettrim.prune` did to a network.
+
+    Attributes
+    ----------
+    layers : tuple of LayerReport
+        The pruned layers in execution order.
+    skipped : dict of str to str
+        The other layers with weights, each with the reason why it was left dense.
+    certificate : Certificate
+        Promised against measured.
+    options : dict
+        The arguments of the call.
+    density : float
+        Share of the pruned layers' weight entries that are kept, biases aside, in [0, 1].
+    seconds : float
+        Wall time of the whole call.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    certificate: Certificate
+    options: dict[str, object]
+    density: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return rendering.text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as dictionaries, lists, strings and numbers only.
+
+        Options that are no such thing (a callable, a module type, a device) become their names.
+        """
+        layers = [_plain(dataclasses.asdict(layer)) for layer in self.layers]
+        return {"schema": SCHEMA, **_plain({**vars(self), "layers": layers, "certificate": vars(self.certificate)})}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises
+        ------
+        ArgumentError
+            `data` is no report, or one of a schema that this version cannot read.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            found = repr(data.get("schema")) if isinstance(data, Mapping) else f"a {type(data).__name__}"
+            raise ArgumentError(
+                f"not a nettrim report that this version can read: expected a dictionary with schema {SCHEMA}, "
+                f"found {found}; use what Report.to_dict or Report.to_json wrote"
+            )
+        body = {key: value for key, value in data.items() if key != "schema"}
+        try:
+            _check_keys(cls, body)
+            body["layers"] = tuple(_read(LayerReport, layer) for layer in body["layers"])
+            body["certificate"] = _read(Certificate, body["certificate"])
+            return _read(cls, body)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"not a whole nettrim report ({error}); use what Report.to_dict or Report.to_json wrote"
+            ) from error
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Write the report as JSON to `path`, if one is given, and return the text.
+
+        JSON has no infinity and no NaN: they are written as the strings ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``,
+        which `from_json` (and ``float`` in Python, ``Number`` in JavaScript) turn back into numbers. A value that does
+        not exist is ``null``.
+
+        Raises
+        ------
+        OSError
+            `path` cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `to_json` wrote to `path`.
+
+        Raises
+        ------
+        ArgumentError
+            The file is no report.
+        OSError
+            `path` cannot be read.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(data)
+        except ValueError as error:  # not UTF-8, not JSON, or from from_dict
+            raise ArgumentError(f"{os.fspath(path)}: {error}") from error
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Return one row a pruned layer, with the columns of `LayerReport`.
+
+        Raises
+        ------
+        NetTrimError
+            pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise _missing("Report.to_frame", "pandas", "frame") from error
+        columns = [field.name for field in dataclasses.fields(LayerReport)]
+        return pandas.DataFrame([vars(layer) for layer in self.layers], columns=columns)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML file that needs no other file.
+
+        Raises
+        ------
+        OSError
+            `path` cannot be written.
+        """
+        Path(path).write_text(rendering.page(self), encoding="utf-8")
+
+    def plot(self) -> "Figure":
+        """Return a figure: the density of each layer, and its promised against its measured discrepancy.
+
+        The figure is not known to pyplot: show it in a notebook as it is, or write it with ``savefig``.
+
+        Raises
+        ------
+        NetTrimError
+            matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise _missing("Report.plot", "matplotlib", "plot") from error
+        return rendering.figure(self, Figure)
+
+
+def _missing(what: str, package: str, extra: str) -> NetTrimError:
+    return NetTrimError(f"{what} needs {package}, which is not installed; run: pip install 'nettrim[{extra}]'")
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` in JSON's own types; see `Report.to_json` for what has no place there."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):  # numpy's scalars too
+        figure = float(value)
+        if math.isnan(figure):
+            return "NaN"
+        return figure if math.isfinite(figure) else ("Infinity" if figure > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else _plain_name(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    return _plain_name(value)
+
+
+def _plain_name(value: object) -> str:
+    """Return a name that does not change from run to run, as a repr with an address would."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    shown = str(value)
+    return f"{named.__module__}.{named.__qualname__}" if named is value or " at 0x" in shown else shown
+
+
+def _check_keys(cls: type, data: Mapping[str, Any]) -> None:
+    expected = {field.name for field in dataclasses.fields(cls)}
+    if set(data) != expected:
+        raise ValueError(f"{cls.__name__} has the keys {sorted(expected)}, found {sorted(data)}")
+
+
+def _read(cls: type, data: Mapping[str, Any]) -> Any:
+    """Build the dataclass `cls` from `data`; keys must match, floats may be strings, tuples come as lists."""
+    _check_keys(cls, data)
+    values = dict(data)
+    for name, kind in ((field.name, field.type) for field in dataclasses.fields(cls)):
+        if kind is float or (kind == float | None and values[name] is not None):
+            values[name] = float(values[name])
+        elif kind == tuple[int, int]:
+            values[name] = tuple(values[name])
+    return cls(**values)
+

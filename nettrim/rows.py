@@ -1,0 +1,150 @@
+"""The rows of a layer program: in memory, memory-mapped or streamed, always read chunk by chunk.
+
+A chunk is what a computation over P rows may hold at a time, so that P never decides how much memory is needed beyond what was given.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nettrim.errors import ArgumentError
+
+CHUNK_ELEMENTS = 4_000_000
+
+Stream = Callable[[], Iterable[Any]]
+
+
+def _floating(value: object, name: str) -> Tensor:
+    """A tensor over the same memory where that is possible, in float32 or float64."""
+    if isinstance(value, np.ndarray):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the array cannot be written: nothing here writes
+            value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{name} is a {type(value).__name__}; expected a torch tensor or a numpy array")
+    value = value.detach()
+    if not value.is_floating_point():
+        raise ArgumentError(f"{name} has dtype {value.dtype}; expected a floating-point dtype")
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def as_rows(value: object, name: str, like: Tensor | None = None) -> Tensor:
+    """``value`` as a floating-point tensor, every number finite (checked in chunks); of the device and dtype of ``like``."""
+    tensor = _floating(value, name)
+    if like is not None:
+        tensor = tensor.to(like.device, like.dtype)
+    for chunk in tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))) if tensor.ndim else (tensor,):
+        if not bool(torch.isfinite(chunk).all()):
+            raise ArgumentError(f"{name} holds NaN or infinity; expected finite numbers")
+    return tensor
+
+
+def _check_sign(targets: Tensor, nonnegative: bool) -> None:
+    if nonnegative and any(bool((chunk < 0).any()) for chunk in targets.split(max(1, CHUNK_ELEMENTS // max(1, targets.shape[-1])))):
+        raise ArgumentError("targets hold negative numbers; with activation='relu' they are outputs after the ReLU (or pass activation=None)")
+
+
+class Rows:
+    """``A`` (P, N), ``Y`` (P, M) and perhaps ``V`` (P, M), read side by side.
+
+    Parameters
+    ----------
+    inputs, targets : Tensor, ndarray or callable
+        An array (a ``numpy.memmap`` stays on disk), or a callable that returns a fresh iterable of row chunks each time. ``targets`` may be an
+        array beside streamed ``inputs``; two streams must yield chunks of the same lengths.
+    upper : Tensor, optional
+        For arrays only.
+    nonnegative : bool
+        Whether targets below 0 are refused: those of a layer before a ReLU.
+
+    Raises
+    ------
+    ArgumentError
+        Shapes, dtypes or values that don't fit. A stream is read once to count and to check its rows.
+    """
+
+    def __init__(self, inputs: object, targets: object, upper: object = None, *, nonnegative: bool = False) -> None:
+        self._stream: Stream | None = None
+        self._target_stream: Stream | None = None
+        self.inputs: Tensor | None = None
+        self.targets: Tensor | None = None
+        self.in_memory = isinstance(inputs, (Tensor, np.ndarray)) and not isinstance(inputs, np.memmap)
+        if callable(inputs) and not isinstance(inputs, (Tensor, np.ndarray)):
+            self._stream = inputs
+            if callable(targets) and not isinstance(targets, (Tensor, np.ndarray)):
+                self._target_stream = targets
+            else:
+                self.targets = as_rows(targets, "targets")
+            self._read_once(nonnegative)
+        else:
+            self.inputs = as_rows(inputs, "inputs")
+            self.targets = as_rows(targets, "targets", like=self.inputs)
+            if self.inputs.ndim != 2 or self.targets.ndim != 2 or self.inputs.shape[0] != self.targets.shape[0]:
+                raise ArgumentError(
+                    f"inputs have shape {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)}; expected (P, N) and (P, M)"
+                )
+            _check_sign(self.targets, nonnegative)
+            self.count, self.width = self.inputs.shape
+            self.outputs = self.targets.shape[1]
+            self.dtype, self.device = self.inputs.dtype, self.inputs.device
+        if 0 in (self.count, self.width, self.outputs):
+            raise ArgumentError(f"inputs {(self.count, self.width)} or targets {(self.count, self.outputs)} are empty")
+        self.upper = None if upper is None else as_rows(upper, "upper", like=self.inputs)
+        if self.upper is not None and self.upper.shape != (self.count, self.outputs):
+            raise ArgumentError(f"upper has shape {tuple(self.upper.shape)}; expected that of targets, {(self.count, self.outputs)}")
+
+    @property
+    def streamed(self) -> bool:
+        return self._stream is not None
+
+    def _read_once(self, nonnegative: bool) -> None:
+        """Count a stream's rows and check them; its first chunk says width, dtype and device."""
+        self.count, self.width, self.outputs = 0, 0, 0
+        for A, Y in self._pairs():
+            if not self.count:
+                self.width, self.dtype, self.device, self.outputs = A.shape[1], A.dtype, A.device, Y.shape[1]
+            if A.shape != (len(Y), self.width) or Y.shape[1] != self.outputs:
+                raise ArgumentError(f"a chunk of the stream has inputs {tuple(A.shape)} and targets {tuple(Y.shape)}; expected rows of one width")
+            _check_sign(Y, nonnegative)
+            self.count += len(A)
+        if self.targets is not None and len(self.targets) != self.count:
+            raise ArgumentError(f"the stream of inputs has {self.count} rows and targets {len(self.targets)}; expected as many")
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self._stream is not None
+        start = 0
+        targets = None if self._target_stream is None else iter(self._target_stream())
+        for chunk in self._stream():
+            A = as_rows(chunk, "inputs")
+            if A.ndim != 2:
+                raise ArgumentError(f"a chunk of the stream of inputs has shape {tuple(A.shape)}; expected (rows, N)")
+            if targets is None:
+                assert self.targets is not None
+                Y = self.targets[start : start + len(A)]
+            else:
+                Y = as_rows(next(targets, A[:0]), "targets")
+            yield A, Y.to(A.device)
+            start += len(A)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """``(rows, A, Y, V)`` chunk by chunk in ``dtype``."""
+        step = max(1, CHUNK_ELEMENTS // (self.width + self.outputs))
+        if self.inputs is not None and self.targets is not None:
+            for start in range(0, self.count, step):
+                rows = slice(start, min(start + step, self.count))
+                V = None if self.upper is None else self.upper[rows].to(dtype)
+                yield rows, self.inputs[rows].to(dtype), self.targets[rows].to(dtype), V
+            return
+        start = 0
+        for A, Y in self._pairs():
+            for a, y in zip(A.split(step), Y.split(step), strict=True):
+                yield slice(start, start + len(a)), a.to(dtype), y.to(dtype), None
+                start += len(a)
+        if start != self.count:
+            raise ArgumentError(f"the stream of inputs gave {start} rows after {self.count} the first time; expected the same rows each time")

@@ -1,0 +1,96 @@
+"""The solvers by name, behind one contract: a program in, a :class:`Solution` out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from nettrim.errors import ArgumentError, UnsupportedProgramError
+from nettrim.programs import LayerProgram
+from nettrim.solvers import admm, cvxpy, gram_admm, osqp, prox_admm
+from nettrim.solvers.base import STATUSES, Solution, Solver
+from nettrim.solvers.presolve import presolve
+
+__all__ = ["SOLVERS", "STATUSES", "Solution", "Solver", "check_solver", "solve"]
+
+SOLVERS: dict[str, Solver] = {
+    prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 3000),
+    gram_admm.NAME: Solver(gram_admm.NAME, gram_admm.refuses, gram_admm.run, 3000),
+    admm.NAME: Solver(admm.NAME, admm.refuses, admm.run, 5000),
+    osqp.NAME: Solver(osqp.NAME, osqp.refuses, osqp.run, 20000),
+    cvxpy.NAME: Solver(cvxpy.NAME, cvxpy.refuses, cvxpy.run, 200),
+}
+
+
+def check_solver(name: str) -> None:
+    """Refuse a name that is no solver's.
+
+    Raises
+    ------
+    ArgumentError
+        It is neither ``"auto"`` nor a key of :data:`SOLVERS`.
+    """
+    if name != "auto" and name not in SOLVERS:
+        raise ArgumentError(f"solver={name!r}; expected 'auto' or one of {', '.join(map(repr, SOLVERS))}")
+
+
+def _choose(name: str, program: LayerProgram) -> Solver:
+    """The solver called ``name``; for ``"auto"`` the one measured to be fastest for the kind of program (docs/solvers.md)."""
+    check_solver(name)
+    if name == "auto":
+        name = prox_admm.NAME if program.relu else gram_admm.NAME
+    return SOLVERS[name]
+
+
+def solve(
+    program: LayerProgram, solver: str = "auto", *, tol: float = 1e-4, max_iter: int | None = None, initial: Tensor | None = None
+) -> Solution:
+    """Solve a layer program.
+
+    Parameters
+    ----------
+    program : LayerProgram
+        What to solve; (P, N) inputs, (P, M) targets.
+    solver : str
+        ``"auto"`` (one of the next two), ``"prox_admm"`` (every program), ``"gram_admm"`` (no ReLU: one pass over the rows), ``"admm"`` (the
+        journal paper's: budgets, paper's set or no ReLU), ``"osqp"``
+        (penalised programs) or ``"cvxpy"`` (every program, by Clarabel: slow, the oracle).
+    tol : float
+        Relative duality gap at which the solution is called optimal.
+    max_iter : int, optional
+        Iteration limit; each solver has its own default.
+    initial : Tensor, (M, N), optional
+        Where to start. A feasible start is also the answer of last resort.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    ArgumentError
+        Unknown solver, ``tol`` or ``max_iter`` out of range, ``initial`` of another shape or not finite.
+    UnsupportedProgramError
+        The solver does not take this kind of program; the message names those that do.
+    """
+    chosen = _choose(solver, program)
+    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol > 0):
+        raise ArgumentError(f"tol={tol!r}; expected a finite number above 0")
+    if max_iter is not None and max_iter < 1:
+        raise ArgumentError(f"max_iter={max_iter}; expected at least 1")
+    if initial is not None and tuple(initial.shape) != program.shape:
+        raise ArgumentError(f"initial has shape {tuple(initial.shape)}; expected (M, N) = {program.shape}")
+    if initial is not None and not bool(initial.isfinite().all()):
+        raise ArgumentError("initial holds NaN or infinity; expected finite weights")
+    reason = chosen.refuses(program)
+    if reason is not None:
+        able = [name for name, other in SOLVERS.items() if other.refuses(program) is None]
+        raise UnsupportedProgramError(
+            f"solver={chosen.name!r} does not take a {program.description}: {reason}. These do: {', '.join(able)}"
+        )
+    smaller = presolve(program)
+    start = None if initial is None else smaller.restrict(initial.detach().to(program.device, program.dtype))
+    solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, start)
+    return dataclasses.replace(solution, weights=smaller.expand(solution.weights))

@@ -1,0 +1,140 @@
+"""What every solver returns, and the one judge that fills it in: figures in float64 on the true data, one status vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nettrim.programs import LayerProgram
+
+STATUSES = ("optimal", "feasible", "infeasible", "iteration_limit")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Weights, and what is proven about them.
+
+    Attributes
+    ----------
+    weights : Tensor, (M, N)
+        In the program's dtype and on its device.
+    status : {"optimal", "feasible", "infeasible", "iteration_limit"}
+        ``optimal``: feasible, and the gap is proven to be at most ``tol``. ``feasible``: the constraints hold, the gap is larger.
+        ``infeasible``: no weights satisfy the constraints (``least_distance`` says how near they come). ``iteration_limit``: stopped before
+        a feasible point was found.
+    objective : float
+        ``Σ ω|w|`` (budget) or ``λ Σ ω|w| + ½ misfit`` (penalised).
+    lower_bound : float
+        No feasible weights have an objective below it (weak duality; for the paper's set, none that meet ``z ≤ v`` exactly).
+    gap : float
+        ``|objective − lower_bound| / objective``; infinite where there is no feasible point.
+    discrepancy : float
+        ``‖relu(A Wᵀ) − Y‖_F`` (without the ReLU for ``activation=None``).
+    violation : float
+        Largest relative excess over a constraint.
+    iterations : int
+    seconds : float
+    solver : str
+    least_distance : float or None
+        For an infeasible program, the smallest ``‖D‖_F`` there is: a budget ``epsilon`` above it is feasible.
+    """
+
+    weights: Tensor
+    status: str
+    objective: float
+    lower_bound: float
+    gap: float
+    discrepancy: float
+    violation: float
+    iterations: int
+    seconds: float
+    solver: str
+    least_distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver by name: what it refuses, and how it is called.
+
+    ``refuses(program)`` is the reason why the solver does not take a program, or None. ``run(program, tol, max_iter, initial)`` solves it;
+    ``default_max_iter`` is the iteration limit where the caller gives none.
+    """
+
+    name: str
+    refuses: Callable[[LayerProgram], str | None]
+    run: Callable[[LayerProgram, float, int, Tensor | None], Solution]
+    default_max_iter: int
+
+
+def relative_gap(objective: float, lower_bound: float) -> float:
+    """``|objective − lower_bound| / objective``, 0 when both are 0.
+
+    An objective below the bound is no better than one above it: one-sided constraints are met to a tolerance, and what it buys counts here.
+    """
+    if not math.isfinite(objective):
+        return math.inf
+    return abs(objective - lower_bound) / objective if objective > 0 else 0.0 if lower_bound == 0 else math.inf
+
+
+def unit_scale(program: LayerProgram) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:
+    """``A/(s c)``, ``Y/s``, ``V/s`` (zeros where there is none) as float64 arrays, ``s = max|y|`` and ``c`` (N,).
+
+    For solvers with absolute tolerances: W is unchanged when A, Y, V and ε are divided by one number, and λ by its square. ``c`` then gives columns
+    of unit mean square: ``W c`` is solved for, with the ℓ1 weights ``ω/c``.
+    """
+    A, Y, V = program.arrays
+    scale = float(Y.abs().max()) or 1.0
+    upper = torch.zeros_like(Y) if V is None else V
+    norms = A.norm(dim=0)
+    column = torch.where(norms > 0, norms / (scale * math.sqrt(program.rows)), 1.0)
+    return (A / column / scale).cpu().numpy(), (Y / scale).cpu().numpy(), (upper / scale).cpu().numpy(), scale, column.cpu().numpy()
+
+
+def exact_zero(program: LayerProgram, W: Tensor) -> Tensor:
+    """0 where it is feasible and no worse than ``W``, else ``W``: numbers of 1e-13 are how some solvers write it."""
+    zero = torch.zeros_like(W)
+    return zero if program.is_feasible(zero) and program.objective(zero) <= program.objective(W) else W
+
+
+def judge(
+    program: LayerProgram,
+    W: Tensor,
+    lower_bound: float,
+    *,
+    tol: float,
+    iterations: int,
+    seconds: float,
+    solver: str,
+    infeasible: bool = False,
+    least_distance: float | None = None,
+) -> Solution:
+    """The solution that ``W`` (M, N) is, every figure recomputed in float64 by the program itself."""
+    W = W.detach().to(program.device, program.dtype)
+    measures = program.measure(W)
+    objective = program.norm(W)
+    if program.regularization is not None:
+        objective = program.regularization * objective + 0.5 * program.misfit_of(measures)
+    feasible = program.feasible_by(measures)
+    gap = relative_gap(objective, lower_bound) if feasible else math.inf
+    if feasible:
+        status = "optimal" if gap <= tol else "feasible"
+    else:
+        status = "infeasible" if infeasible else "iteration_limit"
+    return Solution(
+        weights=W,
+        status=status,
+        objective=objective,
+        lower_bound=lower_bound,
+        gap=gap,
+        discrepancy=measures.discrepancy,
+        violation=program.violation_of(measures),
+        iterations=iterations,
+        seconds=seconds,
+        solver=solver,
+        least_distance=least_distance,
+    )

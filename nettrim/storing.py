@@ -1,0 +1,110 @@
+"""Writing a solution into its layer, and keeping it only if the stored layer keeps the promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nettrim import layers
+from nettrim.budgets import Budget, Layer
+from nettrim.certificate import stored_discrepancy
+from nettrim.errors import ArgumentError
+from nettrim.solvers import Solution, solve
+
+# How much of the budget each attempt leaves to rounding, in roundoffs of ‖Y‖, besides what the last one measured: the nearest stored weights
+# may stay the same ones while the budget shrinks by less than that.
+_MARGINS = (0.0, 0.125, 0.5, 2.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of a solution.
+
+    Attributes
+    ----------
+    solution : Solution
+        The one that was stored, or the one that could not be; its bound is that of the budget promised.
+    discrepancy : float
+        Measured by running the stored layer; infinite if nothing was stored.
+    failure : str or None
+        Why the layer is as it was.
+    """
+
+    solution: Solution
+    discrepancy: float
+    failure: str | None
+
+
+def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, solver: str, tol: float, max_iter: int | None) -> Stored:
+    """Write a solution into ``module`` and measure it; where rounding to the parameter's dtype costs the promise, solve within what is left.
+
+    Rounding adds a part to the squared discrepancy that hardly depends on the solution, so the next attempt's squared budget is lowered by it, and
+    by a margin that grows.
+    After any failure the module holds what it held.
+    """
+    if solution.status not in ("optimal", "feasible"):
+        return Stored(solution, math.inf, _explain(solution, budget))
+    before = layers.as_matrix(module)
+    lower_bound, program, discrepancy = solution.lower_bound, budget.program, math.inf
+    promised = program.epsilon or 0.0
+    roundoff = torch.finfo(before.dtype).eps * float(layer.targets.double().norm())
+    for margin in _MARGINS:
+        try:
+            layers.write_back(module, solution.weights)
+        except ArgumentError as error:  # beyond the range of the dtype; the module is as it was
+            return Stored(_unstored(solution), math.inf, str(error))
+        discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
+        if discrepancy <= budget.promise:
+            return Stored(_as_promised(solution, lower_bound, tol), discrepancy, None)
+        layers.write_back(module, before)
+        epsilon = program.epsilon or 0.0
+        left = epsilon**2 - 1.2 * (discrepancy**2 - min(solution.discrepancy, budget.promise) ** 2) - 1e-9 * epsilon**2
+        if not left > 0:
+            break
+        lowered = promised - margin * roundoff
+        program = dataclasses.replace(program, epsilon=min(math.sqrt(left), lowered) if lowered > 0 else math.sqrt(left))
+        solution = solve(program, solver, tol=tol, max_iter=max_iter, initial=layer.dense)
+        if solution.status not in ("optimal", "feasible"):
+            break
+    dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
+    return Stored(
+        _unstored(solution),
+        math.inf,
+        f"stored in {dtype}, the layer's discrepancy is {discrepancy:.9g}, above the {budget.promise:.9g} promised; expected rounding to "
+        "cost less: raise epsilon, or give the model in a wider dtype",
+    )
+
+
+def _unstored(solution: Solution) -> Solution:
+    """A solution of a feasible program that could not be stored: as good as none."""
+    return dataclasses.replace(solution, status="iteration_limit")
+
+
+def _as_promised(solution: Solution, lower_bound: float, tol: float) -> Solution:
+    """The solution judged against the bound of the budget promised, not of the tighter one that left room for rounding."""
+    if solution.lower_bound == lower_bound or solution.objective <= 0:
+        return solution
+    gap = abs(solution.objective - lower_bound) / solution.objective
+    return dataclasses.replace(solution, lower_bound=lower_bound, gap=gap, status="optimal" if gap <= tol else "feasible")
+
+
+def _explain(solution: Solution, budget: Budget) -> str:
+    """Why a solver has no solution, and what would give one."""
+    epsilon, least = budget.program.epsilon or 0.0, solution.least_distance
+    if solution.status == "infeasible":
+        text = f"no weights keep the budget {epsilon:.6g}"
+        if least is None or not epsilon:
+            return f"{text}; raise it"
+        times = f"{least / epsilon:.4g} times as large"
+        if budget.inflation is None:
+            return f"{text}: the least there can be is {least:.6g}; raise the layer's epsilon to more than {times}"
+        squared = f"{(least / epsilon) ** 2:.4g}"
+        return f"{text}: the least there can be is {least:.6g}; more than {times} is feasible: raise kappa, or gamma, by a factor above {squared}"
+    return (
+        f"{solution.solver} found no weights within the budget {epsilon:.6g} in {solution.iterations} iterations (the last exceed a constraint by "
+        f"{solution.violation:.3g} of it); raise max_iter or epsilon, or choose another solver"
+    )

@@ -1,0 +1,28 @@
+"""What several test files share: one trained network."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import chain, train
+
+# on networks this small a second thread only waits; and the same number everywhere makes sums the same, bit for bit
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 handwritten digits: images (samples, 64) in [0, 1], and labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images / 16.0, dtype=torch.float32), torch.tensor(labels)
+
+
+@pytest.fixture(scope="session")
+def digits_network(digits: tuple[Tensor, Tensor]) -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
+    """A trained 64-32-24-10 ReLU network, 300 calibration images, and test images with their labels. Not to be written into."""
+    images, labels = digits
+    model = train(chain(64, 32, 24, 10), images[:1200], labels[:1200], steps=150)
+    assert isinstance(model, nn.Sequential)
+    return model, images[:300], images[1200:], labels[1200:]

