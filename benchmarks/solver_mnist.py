@@ -49,7 +49,7 @@ def layer1(session: Session) -> None:
     for name, program in programs.items():
         for tol in session.sizes.tolerances:
             with session.doing(f"{LAYER}: {name} set, tolerance {tol:g}"):
-                solutions[name, tol] = nettrim.solve(program, tol=tol)
+                solutions[name, tol] = nettrim.solve(program, tol=tol, max_iter=session.sizes.limit)
             put(f"{name} set, tolerance {tol:g}", figures(program, solutions[name, tol]))
     session.table(
         f"{LAYER}: N = {A.shape[1]}, M = {Y.shape[1]}, P = {len(A)}, ε = {100 * EPSILON:.4g} % of ‖Y‖",
@@ -132,7 +132,7 @@ def _penalised(session: Session, program: LayerProgram, problem: dict[str, Any],
     assert program.epsilon is not None
     for tol, solution in solutions.items():
         with session.doing(f"{LAYER}: penalised, tolerance {tol:g}"):
-            run = figures(penalised, nettrim.solve(penalised, tol=tol))
+            run = figures(penalised, nettrim.solve(penalised, tol=tol, max_iter=session.sizes.limit))
         run = session.record(LAYER, f"penalised, tolerance {tol:g}", {**problem, "lambda": level}, run)
         ratio = solution.seconds / run["seconds"]
         same = run["used"] * program.target_norm / program.epsilon
@@ -140,7 +140,7 @@ def _penalised(session: Session, program: LayerProgram, problem: dict[str, Any],
         session.check(LAYER, f"budget's time / penalised one's, tolerance {tol:g}", ratio, "≤", 1.5)
     session.table(
         f"{LAYER}: a budget and the penalty λ = {level:.4g} that uses as much of it",
-        ("tolerance", "budget s", "penalty s", "ratio", "its iterations", "its iterations (penalty)", "penalty's misfit / ε"),
+        ("tolerance", "budget s", "penalty s", "ratio", "iterations", "iterations, penalty", "penalty's misfit / ε"),
         rows,
     )
 

@@ -38,6 +38,8 @@ class Sizes:
         P of the sections ``mnist-layer1`` and ``mnist-60000``.
     tolerances : tuple of float
         Gaps asked for, loosest first.
+    limit : int
+        Most iterations of a solve of ours on that layer.
     peer_iterations : tuple of int
         Of ``admm`` with the authors' settings; the first number is also the authors' own code's.
     caps : tuple of int
@@ -59,6 +61,7 @@ class Sizes:
     samples: int = 10_000
     many_samples: int = 60_000
     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4)
+    limit: int = 1500
     peer_iterations: tuple[int, ...] = (200, 1000)
     caps: tuple[int, ...] = (10, 20, 30, 40, 60, 80, 100, 120, 160, 200, 280, 400)
     oracle: tuple[int, int, int] = (2000, 200, 20)
@@ -157,7 +160,7 @@ def cell(value: object) -> str:
     """A table's entry."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def judged(program: LayerProgram, weights: Tensor, seconds: float) -> Run:

@@ -28,11 +28,45 @@ def stored_discrepancy(module: nn.Module, inputs: Tensor, targets: Tensor, activ
 
 @dataclass(frozen=True)
 class Promise:
-    """What a pruned layer promised: an absolute budget, the inflation γ (or κγ) behind it if any, and ``‖Y‖_F`` for rounding."""
+    """What a pruned layer promised on its rows, and the sizes that say what rounding can add.
+
+    Attributes
+    ----------
+    epsilon : float
+        The absolute budget on its output.
+    inflation : float or None
+        The factor γ (or κγ) behind it; None for a budget of its own.
+    rows : int
+        P.
+    output_norm : float
+        ``‖Y‖_F``.
+    sums_norm : float
+        ``‖|A| |W|ᵀ‖_F``, with the larger of the dense and the pruned weights entry by entry.
+    """
 
     epsilon: float
     inflation: float | None
+    rows: int
     output_norm: float
+    sums_norm: float
+
+
+def make_promise(module: nn.Module, inputs: Tensor, targets: Tensor, dense: Tensor, epsilon: float, inflation: float | None) -> Promise:
+    """The promise ``epsilon`` of a stored layer on its rows ``inputs`` (P, N), ``targets`` (P, M), with the dense weights (M, N)."""
+    larger = torch.maximum(layers.as_matrix(module).to(dense).abs(), dense.abs()).double().T
+    squares = sum(float((A.double().abs() @ larger).square().sum()) for A in inputs.split(layers.ROWS_PER_CHUNK))
+    return Promise(epsilon, inflation, inputs.shape[0], float(targets.double().norm()), math.sqrt(squares))
+
+
+def _rounding(module: nn.Module, rows: int, output_norm: float, sums_norm: float) -> float:
+    """How far two computed outputs of a layer may lie from each other where the exact ones are equal, Frobenius norm.
+
+    Of each output the rounding of the entries to the weights' dtype, ``u |y|`` or half the spacing of subnormals, and of each sum of N products
+    ``√N u' Σ|a w|``: errors of either sign add up like that (Higham, Mary, SIAM J. Sci. Comput. 2019).
+    """
+    matrix = layers.as_matrix(module)
+    stored, summed = torch.finfo(matrix.dtype), torch.finfo(layers.compute_dtype(module))
+    return stored.eps * output_norm + math.sqrt(rows * len(matrix)) * stored.smallest_normal * stored.eps + math.sqrt(matrix.shape[1]) * summed.eps * sums_norm
 
 
 def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: dict[str, Promise], mode: str) -> float:
@@ -44,22 +78,32 @@ def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: d
     * cascade:  ``e_ℓ = √γ_ℓ ‖W_ℓ‖₂ e_{ℓ−1}``; ``ε_ℓ`` for the first layer and for a budget of its own
     * a layer that was not pruned: ``e_ℓ = ‖W_ℓ‖₂ e_{ℓ−1}``
 
-    Each layer adds twice the unit roundoff of its dtype times ``‖Y‖_F``, since the figures measured are rounded ones.
+    Each layer adds what rounding can add, since the figures measured are those of rounded outputs.
     """
-    bound = 0.0
+    bound, rows, output_norm = 0.0, 0, 0.0
     for layer in trace.layers:
         promise = promises.get(layer.name)
         module = pruned.get_submodule(layer.name)
+        if promise is not None:
+            rows, output_norm, sums_norm = promise.rows, promise.output_norm, promise.sums_norm
+        elif bound == 0:
+            continue
+        else:
+            matrix = layers.as_matrix(module).double()
+            bias = math.sqrt(rows) * float(matrix[:, -1].norm()) if layers.has_bias(module) else 0.0
+            sums_norm = output_norm * float(matrix.norm()) + bias
+            output_norm = output_norm * _spectral_norm(module) + bias
+        inflation = None if promise is None else promise.inflation
         if promise is None:
             bound *= _spectral_norm(module)
-            continue
-        if mode == "parallel":
+        elif mode == "parallel":
             bound = _spectral_norm(module) * bound + promise.epsilon
-        elif promise.inflation is None:
+        elif inflation is None:
             bound = promise.epsilon
         else:
-            bound *= math.sqrt(promise.inflation) * _spectral_norm(dense.get_submodule(layer.name))
-        bound += torch.finfo(layers.as_matrix(module).dtype).eps * promise.output_norm
+            bound *= math.sqrt(inflation) * _spectral_norm(dense.get_submodule(layer.name))
+        # once for the two runs of the stored layer, and once for the dense run that an inflated budget was measured against
+        bound += _rounding(module, rows, output_norm + bound, sums_norm) * (1 if inflation is None else 1 + math.sqrt(inflation))
     return bound
 
 
@@ -84,7 +128,9 @@ def certify(
     outputs, holdout : (dense, pruned) Tensors
         The network's outputs on the samples solved on, and on those kept out.
     guaranteed : float or None
-        The bound, or None with the reason ``why_not``.
+        The bound on the network's output discrepancy.
+    why_not : str or None
+        Why there is no bound, where it is None.
     """
     measured, relative = _difference(*outputs)
     broken = [report.name for report in reports if not report.discrepancy <= report.epsilon]

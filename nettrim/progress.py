@@ -11,7 +11,19 @@ from nettrim.errors import ArgumentError
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """One layer is done: its name, its position (from 1), how many there are, and its status."""
+    """One layer is done.
+
+    Attributes
+    ----------
+    layer : str
+        Its name in the model.
+    index : int
+        Its position among the layers to prune, from 1.
+    total : int
+        How many there are.
+    status : str
+        Of its solution.
+    """
 
     layer: str
     index: int

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nettrim import calibration as calibrations
 from nettrim import capture, layers, selection
 from nettrim.budgets import Budget, Layer, make_budget
-from nettrim.certificate import Promise, certify, network_bound
+from nettrim.certificate import Promise, certify, make_promise, network_bound
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
 from nettrim.options import Options, check_device
 from nettrim.progress import Progress, ProgressEvent
@@ -194,8 +194,9 @@ def prune(
                 raise _failure(seen.name, stored)
             skipped[seen.name] = f"kept dense: {stored.failure}"
             return stored.solution.status
-        reports.append(_layer_report(pruned.get_submodule(seen.name), seen, budget, stored))
-        promises[seen.name] = Promise(budget.promise, budget.inflation, float(seen.targets.double().norm()))
+        module = pruned.get_submodule(seen.name)
+        reports.append(_layer_report(module, seen, budget, stored))
+        promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, budget.promise, budget.inflation)
         return stored.solution.status
 
     with Progress(progress, len(chosen)) as report_progress, contextlib.closing(_solutions(chosen, prepare, options, executor)) as solutions:

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from networks import chain, train
+from torch import Tensor, nn
 
 # on networks this small a second thread only waits; and the same number everywhere makes sums the same, bit for bit
 torch.set_num_threads(1)

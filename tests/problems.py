@@ -264,9 +264,10 @@ def kkt_residual(program: LayerProgram, weights: Tensor, *, active: float = 1e-3
     tight = [(i, m) for i, m in zip(*np.nonzero(~inside), strict=True) if paper and V[i, m] - Z[i, m] <= active * max(Y.max(), 1e-300)]
     # columns of the linear program: the error t, τ, then one η for each active inequality
     slope = np.zeros((M * N, 2 + len(tight)))
-    slope[:, 1] = (D.T @ A).ravel()
+    unit = 1.0 if program.regularization is not None else max(float((np.abs(D.T @ A) / size).max()), 1e-300)
+    slope[:, 1] = (D.T @ A).ravel() / unit
     for k, (i, m) in enumerate(tight):
-        slope[m * N : (m + 1) * N, 2 + k] = A[i]
+        slope[m * N : (m + 1) * N, 2 + k] = A[i] / max(float((np.abs(A[i]) / size[m]).max()), 1e-300)
     error = np.zeros_like(slope)
     error[:, 0] = size.ravel()
     target, free = (-omega * np.sign(W) * large).ravel(), (omega * ~large).ravel()

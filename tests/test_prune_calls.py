@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from networks import chain, hooks_of, same_bits, samples, state_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nettrim import ArgumentError, NetTrimError, ProgressEvent, PruneResult, prune
-from networks import chain, hooks_of, same_bits, samples, state_of
 
 INPUTS = samples(60, 8)
 LABELS = torch.zeros(60, dtype=torch.long)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import Stage, bound_by_hand, by_name, chain, end_to_end, promises, same_bits, samples, solved_on, stages, state_of
 from torch import Tensor, nn
 
 from nettrim import NetTrimError, PruneResult, prune
-from networks import Stage, bound_by_hand, by_name, chain, end_to_end, promises, same_bits, samples, solved_on, stages, state_of
 
 MODES = ("parallel", "cascade")
 SETS = ("relaxed", "paper")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from networks import chain, hooks_of, same_bits, samples, state_of
 from torch import Tensor, nn
 
 import nettrim
 from nettrim import ArgumentError, CalibrationError, ConvergenceError, InfeasibleError, NetTrimError, UnsupportedProgramError, prune
-from networks import chain, hooks_of, same_bits, samples, state_of
 
 stages = importlib.import_module("nettrim.prune")  # the package has a function of that name
 INPUTS = samples(60, 8)
@@ -200,7 +200,10 @@ class Selective(nn.Module):
         return out.sum(0, keepdim=True) if self.restore else out
 
 
-@pytest.mark.parametrize(("mode", "restore", "message"), (("cascade", True, "layer 'b' has .*mode='parallel'"), ("parallel", False, "shape depends on values")))
+@pytest.mark.parametrize(
+    ("mode", "restore", "message"),
+    (("cascade", True, "layer 'b' has .*mode='parallel'"), ("parallel", False, "shape depends on values")),
+)
 def test_shapes_that_depend_on_values(mode: str, restore: bool, message: str) -> None:
     model = Selective(restore)
     guard = Guard(model)

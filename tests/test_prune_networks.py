@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from networks import by_name, samples, solved_on
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nettrim import PruneResult, prune
-from networks import by_name, samples, solved_on
 
 
 class Net(nn.Module):
@@ -55,7 +55,10 @@ CASES = {
         lambda: Net(lambda n, x: n.c(n.flat(F.relu(n.b(n.drop(F.relu(n.a(x))))))), drop=nn.Dropout(0.5), flat=nn.Flatten()), STRAIGHT, chain=True
     ),
     "no bias": Case(
-        lambda: Net(lambda n, x: n.c(F.relu(n.d(x))), d=nn.Linear(6, 6, bias=False)), {"d": RELU, "c": PLAIN}, {"a": "never ran", "b": "never ran"}, True
+        lambda: Net(lambda n, x: n.c(F.relu(n.d(x))), d=nn.Linear(6, 6, bias=False)),
+        {"d": RELU, "c": PLAIN},
+        {"a": "never ran", "b": "never ran"},
+        True,
     ),
     "GELU": Case(lambda: Net(lambda n, x: n.c(F.gelu(n.b(F.relu(n.a(x)))))), {"a": RELU, "b": PLAIN, "c": PLAIN}),
     "ReLU6": Case(lambda: Net(lambda n, x: n.c(F.relu6(n.b(F.relu(n.a(x)))))), {"a": RELU, "b": PLAIN, "c": PLAIN}),
@@ -73,14 +76,18 @@ CASES = {
         lambda: Net(lambda n, x: (lambda h: {"out": n.b(h), "features": h})(F.relu(n.a(x)))), {"a": RELU, "b": PLAIN}, {"c": "never ran"}
     ),
     "nested": Case(
-        lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.ModuleDict({"x": nn.Linear(8, 3)})["x"]), {"0.0": RELU, "1": PLAIN}, chain=True
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Sequential(nn.Sequential(nn.Linear(8, 3)))),
+        {"0.0": RELU, "1.0.0": PLAIN},
+        chain=True,
     ),
     "tokens": Case(lambda: Net(lambda n, x: n.c(F.relu(n.b(F.relu(n.a(x)))))), STRAIGHT, chain=True, shape=(12, 5, 6)),
     "shared weights": Case(tied, {"c": PLAIN}, {"a": "its weight is shared with 'b.weight'", "b": "its weight is shared with 'a.weight'"}, True),
     "called twice": Case(lambda: Net(lambda n, x: n.c(F.relu(n.a(F.relu(n.a(x)))))), {"c": PLAIN}, {"a": "called 2 times", "b": "never ran"}),
     "never run": Case(lambda: Net(lambda n, x: n.c(F.relu(n.a(x)))), {"a": RELU, "c": PLAIN}, {"b": "never ran"}, True),
     "empty": Case(
-        lambda: Net(lambda n, x: n.c(torch.cat([F.relu(n.a(x)), n.d(x)], -1)), d=nn.Linear(6, 0)), {"a": RELU, "c": PLAIN}, {"b": "never ran", "d": "empty"}
+        lambda: Net(lambda n, x: n.c(torch.cat([F.relu(n.a(x)), n.d(x)], -1)), d=nn.Linear(6, 0)),
+        {"a": RELU, "c": PLAIN},
+        {"b": "never ran", "d": "empty"},
     ),
     "convolution": Case(
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3)),

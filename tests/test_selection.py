@@ -17,13 +17,18 @@ class Special(nn.Linear):
 
 def network() -> nn.Module:
     return nn.ModuleDict(
-        {"encoder": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "head": Special(4, 2), "unused": nn.Linear(2, 2), "conv": nn.Conv1d(1, 1, 1)}
+        {
+            "encoder": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+            "head": Special(4, 2),
+            "unused": nn.Linear(2, 2),
+            "conv": nn.Conv1d(1, 1, 1),
+        }
     )
 
 
 def traced(model: Any) -> Trace:
-    data = torch.randn(5, 4)
-    return trace(model, calibration.batches(data), calibration.runner(lambda model, x: model["head"](model["encoder"](model["conv"](x[:, None])[:, 0]))))
+    run = calibration.runner(lambda model, x: model["head"](model["encoder"](model["conv"](x[:, None])[:, 0])))
+    return trace(model, calibration.batches(torch.randn(5, 4)), run)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ _CHECK_EVERY = 20
 _FLOAT32_WORK = 1e9  # N²M from which the iterates are kept in single precision
 _BLOCK_ELEMENTS = 4_000_000
 _MARGINS = 4
+_RESOLVED = 1e-9  # a misfit below this share of ‖Y‖² is a difference of numbers too large for float64: the rows themselves are needed
 
 
 @dataclass
@@ -85,12 +86,14 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     """Solve a no-ReLU program from one pass over its rows; another pass measures the answer on them."""
     start = time.perf_counter()
     problem = _gather(program, tol, initial)
+    if program.epsilon is not None and program.epsilon**2 < _RESOLVED * float(problem.squares.sum()):
+        return prox_admm.run(program, tol, max_iter, initial)
     bound, iterations, margin = 0.0, 0, rounding_margin(program, problem.W.dtype)
     best: tuple[float, Tensor | None] = (math.inf, None)
     zero = torch.zeros(program.shape, dtype=program.dtype, device=program.device)
     candidates = [zero] if initial is None else [zero, initial]
     for candidate in candidates:
-        if program.epsilon is None or problem.misfit(candidate) <= program.epsilon**2:
+        if program.is_feasible(candidate):
             best = min(best, (_objective(program, problem, candidate), candidate), key=lambda pair: pair[0])
     attempts = 0
     out_of_reach = program.epsilon is not None and program.epsilon**2 < problem.least * (1 - 1e-6)
@@ -117,6 +120,8 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
             return prox_admm.run(program, tol, max_iter, initial)
         margin *= 10
         best = (math.inf, None)
+    if program.epsilon is None and best[1] is not None and problem.misfit(best[1]) < _RESOLVED * float(problem.squares.sum()):
+        return prox_admm.run(program, tol, max_iter, initial)
     least = None
     if best[1] is None:
         least = prox_admm.least_distance(program, run, max_iter)

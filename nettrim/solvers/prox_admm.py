@@ -39,6 +39,8 @@ _CHECK_EVERY = 20
 _ADAPT_UNTIL = 60
 _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float64 costs nothing
 _STALLED_CHECKS = 12
+_START_ROUNDS = 20
+_BETA_RANGE = 100.0
 _HOPELESS = 8.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
@@ -51,6 +53,7 @@ class _State:
     inverse: Tensor
     r: float
     beta: float
+    start: float  # the first β
     W: Tensor
     S: Tensor
     E: Tensor
@@ -170,7 +173,13 @@ def _start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None) ->
     r = SUPPORT_WEIGHT * (float(scaled.diagonal().mean()) or 1.0)
     # AᵀA is positive semidefinite to rounding, and r is of the size of its mean diagonal: this cannot fail
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + r * torch.eye(len(G), dtype=G.dtype, device=G.device)))
-    W = ((C / column) @ inverse if initial is None else initial.double() * column).to(dtype)
+    if initial is None:
+        initial = ((C / column) @ inverse) / column
+        if program.epsilon is not None:
+            # from far outside the set, multipliers would gather that say nothing of the optimum
+            inside = restore_budget(program, G, initial, rounds=_START_ROUNDS)
+            initial = initial if inside is None else inside
+    W = (initial.double() * column).to(dtype)
     beta = _split_weight(program)
     if program.epsilon is not None:
         # the first threshold is a twentieth of the mean weight; the gain then says how to correct it
@@ -181,6 +190,7 @@ def _start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None) ->
         inverse=inverse.to(dtype),
         r=r,
         beta=beta,
+        start=beta,
         W=W,
         S=W.clone(),
         E=torch.zeros_like(W),
@@ -277,7 +287,9 @@ def _adapt(s: _State, gain: float, wanted: float) -> None:
     The multipliers ``βU`` and ``βrE`` stay what they are.
     """
     ratio = gain / (1 - gain) / wanted if gain < 1 else math.inf
-    factor = min(max(ratio, 0.2), 5.0)
+    # far from the set the residual says how far, not how β fits: the range keeps that from running away
+    lowest, highest = s.start / _BETA_RANGE, s.start * _BETA_RANGE
+    factor = s.beta / min(max(s.beta / min(max(ratio, 0.2), 5.0), lowest), highest)
     s.beta /= factor
     s.U *= factor
     s.E *= factor
