@@ -207,7 +207,7 @@ def limited_threads(threads: int | None) -> Iterator[int]:
         yield before
         return
     try:
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         limit: contextlib.AbstractContextManager[Any] = threadpool_limits(threads)
     except ImportError:

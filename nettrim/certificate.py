@@ -66,7 +66,8 @@ def _rounding(module: nn.Module, rows: int, output_norm: float, sums_norm: float
     """
     matrix = layers.as_matrix(module)
     stored, summed = torch.finfo(matrix.dtype), torch.finfo(layers.compute_dtype(module))
-    return stored.eps * output_norm + math.sqrt(rows * len(matrix)) * stored.smallest_normal * stored.eps + math.sqrt(matrix.shape[1]) * summed.eps * sums_norm
+    subnormals = math.sqrt(rows * len(matrix)) * stored.smallest_normal * stored.eps
+    return stored.eps * output_norm + subnormals + math.sqrt(matrix.shape[1]) * summed.eps * sums_norm
 
 
 def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: dict[str, Promise], mode: str) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nettrim import LayerProgram
 
@@ -109,7 +110,7 @@ def random_layer(seed: int, structure: str = "plain") -> tuple[Tensor, Tensor, T
     elif structure == "ill_scaled":
         A = A * 10.0 ** rng.permutation(np.linspace(-6, 6, N))
         W = W / np.abs(A).max(0)
-        l1_weights = torch.from_numpy(np.abs(A).max(0)) if seed % 2 else None
+        l1_weights = torch.from_numpy(np.abs(A).max(0))
     elif structure == "dead_neurons":
         A = np.abs(A)
         W[0] = -np.abs(W[0]) - 0.1
@@ -157,37 +158,35 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def trained_network() -> nn.Sequential:
-    """A 64-12-8-10 ReLU network that reads digits, trained for a second."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10)).double()
-        X, labels = digits()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        for _ in range(120):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(X), labels).backward()
-            optimizer.step()
-    return model.requires_grad_(False)
+def trained_network() -> list[Tensor]:
+    """The weights, bias last, of a 64-12-8-10 ReLU network that reads digits: trained once a session, in a second."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+
+    X, labels = digits()
+    network = MLPClassifier((12, 8), learning_rate_init=0.01, max_iter=20, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        network.fit(X.numpy(), labels.numpy())
+    assert network.score(X.numpy(), labels.numpy()) > 0.9
+    return [torch.from_numpy(np.c_[W.T, b]) for W, b in zip(network.coefs_, network.intercepts_, strict=True)]
 
 
 TRAINED_PROGRAMS = 10
 
 
 def trained_layer(index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs (with the ones column), another input (noisy, as a cascade's) and the dense weights of a trained layer; another layer and sample each time."""
-    model = trained_network()
-    X, _ = digits()
-    generator = torch.Generator().manual_seed(index)
-    rows = X[torch.randperm(len(X), generator=generator)[:60]]
-    depth = (0, 2, 4)[index % 3]
-    features = model[:depth](rows)
-    noisy = features * (1 + 0.05 * torch.randn(features.shape, generator=generator, dtype=torch.float64))
-    layer = model[depth]
-    neurons = torch.randperm(layer.out_features, generator=generator)[:3]
-    W = torch.cat([layer.weight, layer.bias[:, None]], 1)[neurons]
-    ones = torch.ones(len(rows), 1, dtype=torch.float64)
-    return torch.cat([features, ones], 1), torch.cat([noisy, ones], 1), W
+    """Inputs (with the ones column), noisy ones (as a cascade's) and dense weights of a trained layer: another layer and sample each time."""
+    layers, (X, _) = trained_network(), digits()
+    rng = np.random.default_rng(index)
+    features = X[rng.permutation(len(X))[:60]]
+    ones = torch.ones(len(features), 1, dtype=torch.float64)
+    depth = index % len(layers)
+    for weights in layers[:depth]:
+        features = (torch.cat([features, ones], 1) @ weights.T).clamp(min=0)
+    noisy = features * torch.from_numpy(1 + 0.05 * rng.standard_normal(features.shape))
+    neurons = rng.permutation(len(layers[depth]))[:3]
+    return torch.cat([features, ones], 1), torch.cat([noisy, ones], 1), layers[depth][neurons]
 
 
 def trained_program(kind: Kind, index: int, *, dtype: torch.dtype = torch.float64) -> LayerProgram:
@@ -250,7 +249,7 @@ def kkt_residual(program: LayerProgram, weights: Tensor, *, active: float = 1e-3
     from scipy.optimize import linprog
 
     A, Y, W = (x.double().numpy() for x in (program.inputs, program.targets, weights))
-    (M, N), P = W.shape, len(A)
+    M, N = W.shape
     V = np.zeros_like(Y) if program.upper is None else program.upper.double().numpy()
     level = 1.0 if program.regularization is None else program.regularization
     omega = np.broadcast_to(program.l1_weights.double().numpy(), (M, N)) * level

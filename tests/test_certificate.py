@@ -53,7 +53,7 @@ def test_the_bound_holds_on_trained_chains(digits: Any, depth: int, mode: str) -
 
 def test_kappa_leaves_a_valid_bound_on_the_papers_set() -> None:
     """With a ReLU at the end, κ tightens the part on Ω alone: the bound must not shrink below the promise."""
-    for seed in range(4):
+    for seed in range(2):
         model, inputs = chain(8, 12, 6, seed=seed, last_relu=True), samples(80, 8, seed)
         result = prune(model, inputs, epsilon=0.2, consistency="paper", kappa=0.5, gamma=1.0)
         found = stages(model, result.model, solved_on(inputs)[0])
@@ -66,8 +66,8 @@ def test_kappa_leaves_a_valid_bound_on_the_papers_set() -> None:
 @pytest.mark.parametrize("choice", ({}, {"targets": "0"}))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
 def test_rounding_does_not_break_the_bound(dtype: torch.dtype, choice: dict[str, str], mode: str) -> None:
-    """One number wide, the bound is nearly met; on subnormal or cancelling sums rounding alone would carry the output beyond it."""
-    for seed in range(12):
+    """One number wide, the bound is nearly met; on subnormal numbers rounding alone would carry the output beyond it."""
+    for seed in range(6):
         model = chain(1, 3, 1, seed=seed, bias=False, dtype=dtype)
         with torch.no_grad():
             model[0].weight.abs_()
@@ -75,10 +75,15 @@ def test_rounding_does_not_break_the_bound(dtype: torch.dtype, choice: dict[str,
         inputs *= 1e-6 if dtype == torch.float16 else 1.0
         result = prune(model, inputs, epsilon=0.3, mode=mode, on_failure="keep_dense", **choice)
         assert result.report.certificate.holds, result.report.certificate
-        wide, shifted = chain(40, 1, seed=seed, dtype=torch.float32), 1e4 + samples(30, 40, seed)
+
+
+def test_cancelling_sums_do_not_break_the_bound() -> None:
+    """Batches and the program's rows are summed in another order: of inputs near 10,000, weights of mean 0 leave little but rounding."""
+    for seed in range(3):
+        model, inputs = chain(40, 1, seed=seed), 1e4 + samples(30, 40, seed)
         with torch.no_grad():
-            wide[0].weight -= wide[0].weight.mean()
-        assert prune(wide, list(shifted.split(7)), epsilon=0.3, mode=mode).report.certificate.holds
+            model[0].weight -= model[0].weight.mean()
+        assert prune(model, list(inputs.split(7)), epsilon=0.3).report.certificate.holds
 
 
 def test_kappa_tightens_the_bound_on_the_relaxed_set() -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.programs import LayerProgram
+from nettrim.rows import as_rows
 from nettrim.solvers import admm, cvxpy, gram_admm, osqp, prox_admm
-from nettrim.solvers.base import STATUSES, Solution, Solver
+from nettrim.solvers.base import STATUSES, Solution, Solver, judge
 from nettrim.solvers.presolve import presolve
 
 __all__ = ["SOLVERS", "STATUSES", "Solution", "Solver", "check_solver", "solve"]
 
 SOLVERS: dict[str, Solver] = {
-    prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 3000),
-    gram_admm.NAME: Solver(gram_admm.NAME, gram_admm.refuses, gram_admm.run, 3000),
+    prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 5000),
+    gram_admm.NAME: Solver(gram_admm.NAME, gram_admm.refuses, gram_admm.run, 5000),
     admm.NAME: Solver(admm.NAME, admm.refuses, admm.run, 5000),
     osqp.NAME: Solver(osqp.NAME, osqp.refuses, osqp.run, 20000),
     cvxpy.NAME: Solver(cvxpy.NAME, cvxpy.refuses, cvxpy.run, 200),
@@ -45,7 +48,7 @@ def _choose(name: str, program: LayerProgram) -> Solver:
 
 
 def solve(
-    program: LayerProgram, solver: str = "auto", *, tol: float = 1e-4, max_iter: int | None = None, initial: Tensor | None = None
+    program: LayerProgram, solver: str = "auto", *, tol: float = 1e-4, max_iter: int | None = None, initial: Tensor | np.ndarray | None = None
 ) -> Solution:
     """Solve a layer program.
 
@@ -61,7 +64,7 @@ def solve(
         Relative duality gap at which the solution is called optimal.
     max_iter : int, optional
         Iteration limit; each solver has its own default.
-    initial : Tensor, (M, N), optional
+    initial : Tensor or ndarray, (M, N), optional
         Where to start. A feasible start is also the answer of last resort.
 
     Returns
@@ -80,10 +83,9 @@ def solve(
         raise ArgumentError(f"tol={tol!r}; expected a finite number above 0")
     if max_iter is not None and max_iter < 1:
         raise ArgumentError(f"max_iter={max_iter}; expected at least 1")
-    if initial is not None and tuple(initial.shape) != program.shape:
-        raise ArgumentError(f"initial has shape {tuple(initial.shape)}; expected (M, N) = {program.shape}")
-    if initial is not None and not bool(initial.isfinite().all()):
-        raise ArgumentError("initial holds NaN or infinity; expected finite weights")
+    start = None if initial is None else as_rows(initial, "initial", torch.empty(0, dtype=program.dtype, device=program.device))
+    if start is not None and tuple(start.shape) != program.shape:
+        raise ArgumentError(f"initial has shape {tuple(start.shape)}; expected (M, N) = {program.shape}")
     reason = chosen.refuses(program)
     if reason is not None:
         able = [name for name, other in SOLVERS.items() if other.refuses(program) is None]
@@ -91,6 +93,12 @@ def solve(
             f"solver={chosen.name!r} does not take a {program.description}: {reason}. These do: {', '.join(able)}"
         )
     smaller = presolve(program)
-    start = None if initial is None else smaller.restrict(initial.detach().to(program.device, program.dtype))
-    solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, start)
+    inside = None if start is None else smaller.restrict(start)
+    solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, inside)
+    if inside is not None and not math.isfinite(solution.gap) and smaller.program.is_feasible(inside):
+        # the answer of last resort, for solvers that have no use for a start
+        spent = (solution.iterations, solution.seconds)
+        solution = judge(
+            smaller.program, inside, solution.lower_bound, tol=float(tol), iterations=spent[0], seconds=spent[1], solver=solution.solver
+        )
     return dataclasses.replace(solution, weights=smaller.expand(solution.weights))

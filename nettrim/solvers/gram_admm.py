@@ -151,7 +151,7 @@ def _gather(program: LayerProgram, tol: float, initial: Tensor | None) -> _Probl
     dtype = torch.float32 if program.dtype == torch.float32 and N * N * M >= _FLOAT32_WORK and tol >= 1e-6 else torch.float64
     diagonal = G.diagonal()
     mean = float(diagonal.mean()) or 1.0
-    column = torch.where(diagonal > 1e-12 * diagonal.max(), (diagonal / mean).sqrt(), 1.0)
+    column = torch.where(diagonal > 0, (diagonal / mean).sqrt(), 1.0)
     sigma = SUPPORT_WEIGHT * mean
     inverse = _regularised_inverse(G, column, sigma, dtype)
     W = _least_squares(G, C, column, mean) if initial is None else initial.double()

@@ -24,13 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nettrim.programs import ONE_SIDED_TOLERANCE, LayerProgram, residual
-from nettrim.proximal import soft_threshold
+from nettrim.programs import ONE_SIDED_TOLERANCE, LayerProgram
 from nettrim.solvers.base import Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
+from nettrim.solvers.splitting import State, change_support_weight, scale_weights, start, step, watched_step
 
 NAME = "prox_admm"
-OVER_RELAXATION = 1.7
+_TINY_PENALTY = 1e-9  # over the one from which 0 is optimal
+_EXCLUDED = 1e3  # times the norm of the nearest point: no feasible weights below it
 SPLIT_WEIGHT = 0.1  # β over the misfit's curvature
 ONE_SIDED_SPLIT_WEIGHT = 0.5  # where it starts for the paper's set, to be balanced: hard inequalities want a large β, the bound a small one
 _BALANCE = 1.5
@@ -39,26 +40,10 @@ _CHECK_EVERY = 20
 _ADAPT_UNTIL = 60
 _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float64 costs nothing
 _STALLED_CHECKS = 12
-_START_ROUNDS = 20
+_BALANCE_FROM = 200  # what is not solved by then has its residuals balanced
+_APART = 4.0
 _BETA_RANGE = 100.0
 _HOPELESS = 8.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
-
-
-@dataclass
-class _State:
-    """The iterates in one precision; ``W``, ``S``, ``E`` are in scaled columns (``W = W_true · column``)."""
-
-    column: Tensor
-    G: Tensor  # Gram matrix of the unscaled columns
-    inverse: Tensor
-    r: float
-    beta: float
-    start: float  # the first β
-    W: Tensor
-    S: Tensor
-    E: Tensor
-    Z: Tensor  # (P, M)
-    U: Tensor  # (P, M)
 
 
 @dataclass
@@ -82,7 +67,7 @@ def refuses(program: LayerProgram) -> str | None:
 
 def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None) -> Solution:
     """Solve any layer program; see the module's docstring for the method and :class:`Solution` for what comes back."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     best = _Best(None, math.inf, 0.0)
     for W in (torch.zeros(program.shape, dtype=torch.float64, device=program.device), initial):
         if W is not None:
@@ -96,7 +81,7 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
             best.bound,
             tol=tol,
             iterations=iterations,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - began,
             solver=NAME,
             infeasible=infeasible,
             least_distance=least_distance,
@@ -110,10 +95,10 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
         iterations += done
         if best.gap <= tol or iterations >= max_iter:
             break
-    if best.W is None:
+    if best.W is None and program.epsilon is not None:
         least = least_distance(program, run, max_iter)
         return finish(iterations, infeasible=least is not None, least_distance=least, last=last)
-    return finish(iterations)
+    return finish(iterations, last=last)
 
 
 def _precisions(program: LayerProgram, tol: float) -> tuple[torch.dtype, ...]:
@@ -140,22 +125,30 @@ def _iterate(
     program: LayerProgram, best: _Best, dtype: torch.dtype, tol: float, limit: int, initial: Tensor | None
 ) -> tuple[int, Tensor]:
     """Run up to ``limit`` iterations in ``dtype``; stops early at the tolerance or when this precision makes no more progress."""
-    state = _start(program, dtype, initial)
-    stalled, smallest, balanced = 0, math.inf, False
+    state = start(program, dtype, initial, None if program.epsilon is not None else _split_weight(program), SUPPORT_WEIGHT)
+    first, stalled, smallest = state.beta, 0, math.inf
     iteration = 0
     while iteration < limit:
         iteration += 1
-        gain = _step(program, state)
-        if program.epsilon is not None and not balanced and _adapts(iteration):
-            _adapt(state, gain, _split_weight(program))
+        ratios = None
+        if iteration >= _BALANCE_FROM and iteration % _CHECK_EVERY == 0:
+            ratios = watched_step(program, state)
+        else:
+            gain = step(program, state)
+            if program.epsilon is not None and iteration % 3 == 0 and iteration <= _ADAPT_UNTIL:
+                _adapt(state, gain, _split_weight(program), first)
         if iteration % _CHECK_EVERY and iteration != limit:
             continue
         W = _check(program, best, state, math.inf if iteration == limit else _HOPELESS * tol)
         if best.gap <= tol:
             break
-        if program.one_sided:
-            balanced = balanced or iteration >= _ADAPT_UNTIL
-            _balance(program, best, state, W, tol)
+        unmet, loose = _shortfalls(program, best, W, tol) if program.one_sided else (0.0, 1.0)
+        if ratios is None and program.one_sided and iteration >= _ADAPT_UNTIL:
+            scale_weights(state, _BALANCE if unmet > 2 * loose else 1 / _BALANCE if loose > 2 * unmet else 1.0)
+        elif ratios is not None and loose < 1 < unmet:
+            scale_weights(state, _BALANCE)
+        elif ratios is not None:
+            _balance_residuals(state, *ratios)
         progress = best.gap if math.isfinite(best.gap) else 1.0 - best.bound / max(program.norm(state.S / state.column), 1e-300)
         stalled = 0 if progress < 0.98 * smallest else stalled + 1
         smallest = min(smallest, progress)
@@ -164,138 +157,31 @@ def _iterate(
     return iteration, state.S / state.column
 
 
-def _start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None) -> _State:
-    G, C = _gram(program)
-    diagonal = G.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    column = torch.where(diagonal > 1e-12 * diagonal.max(), (diagonal / mean).sqrt(), 1.0)
-    scaled = G / column / column[:, None]
-    r = SUPPORT_WEIGHT * (float(scaled.diagonal().mean()) or 1.0)
-    # AᵀA is positive semidefinite to rounding, and r is of the size of its mean diagonal: this cannot fail
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + r * torch.eye(len(G), dtype=G.dtype, device=G.device)))
-    if initial is None:
-        initial = ((C / column) @ inverse) / column
-        if program.epsilon is not None:
-            # from far outside the set, multipliers would gather that say nothing of the optimum
-            inside = restore_budget(program, G, initial, rounds=_START_ROUNDS)
-            initial = initial if inside is None else inside
-    W = (initial.double() * column).to(dtype)
-    beta = _split_weight(program)
-    if program.epsilon is not None:
-        # the first threshold is a twentieth of the mean weight; the gain then says how to correct it
-        beta = 1.0 / (r * 0.05 * max(float(W.abs().mean()), torch.finfo(dtype).tiny * 1e6))
-    state = _State(
-        column=column.to(dtype),
-        G=G.to(dtype),
-        inverse=inverse.to(dtype),
-        r=r,
-        beta=beta,
-        start=beta,
-        W=W,
-        S=W.clone(),
-        E=torch.zeros_like(W),
-        Z=torch.empty((program.rows, program.shape[0]), dtype=dtype, device=W.device),
-        U=torch.zeros((program.rows, program.shape[0]), dtype=dtype, device=W.device),
-    )
-    weights = (W / state.column).T
-    for rows, A, _, _ in program.row_chunks(dtype):
-        state.Z[rows] = A @ weights
-    return state
-
-
-def _gram(program: LayerProgram) -> tuple[Tensor, Tensor]:
-    """``AᵀA`` (N, N) and ``YᵀA`` (M, N), accumulated in float64."""
-    M, N = program.shape
-    G = torch.zeros((N, N), dtype=torch.float64, device=program.device)
-    C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
-    for _, A, Y, _ in program.row_chunks():
-        G.addmm_(A.T, A)
-        C.addmm_(Y.T, A)
-    return G, C
-
-
-def _step(program: LayerProgram, s: _State) -> float:
-    """One iteration; the returned gain in [0, 1] is the share of the residual that the budget leaves (1: inactive)."""
-    kept, cut, gain = _project(program, s)
-    T = torch.lerp(s.S, s.W, OVER_RELAXATION).add_(s.E)
-    level = 1.0 if program.regularization is None else program.regularization
-    omega = program.l1_weights.to(s.W)  # type: ignore[union-attr]
-    s.S = soft_threshold(T, level * omega / s.column / (s.beta * s.r))
-    s.E = T - s.S
-    s.W = ((kept - cut) / s.column + s.r * (s.S - s.E)) @ s.inverse
-    return gain
-
-
-def _project(program: LayerProgram, s: _State) -> tuple[Tensor, Tensor, float]:
-    """Step 1 for all rows, and the two halves of step 3's right-hand side: ``(Z − U)ᵀA = kept − cut``.
-
-    How much of the residual ``D`` a budget leaves depends on the norm of all of it. Rows in memory are read twice, with one product each time. A
-    stream is read once: the right-hand side is linear in that share, so ``VᵀA`` and ``DᵀA`` are gathered apart.
-    """
-    weights = (s.W / s.column).T
-    kept, cut = torch.zeros_like(s.W), torch.zeros_like(s.W)
-    known = None if program.regularization is None else s.beta / (1 + s.beta)
-    total = 0.0
-    for rows, A, Y, V0 in program.row_chunks(s.W.dtype):
-        V = torch.lerp(s.Z[rows], A @ weights, OVER_RELAXATION).add_(s.U[rows])
-        D = residual(V, Y, V0, relu=program.relu)
-        if known is not None:
-            U = _removed(program, D, Y, known)
-            s.U[rows], s.Z[rows] = U, V.sub_(U)
-            kept.addmm_((s.Z[rows] - U).T, A)
-            continue
-        total += float((torch.where(Y > 0, D, 0.0) if program.one_sided else D).square().sum())
-        s.Z[rows], s.U[rows] = V, D
-        if program.streamed:
-            kept.addmm_(V.T, A)
-            cut.addmm_(D.T, A)
-    if known is not None:
-        return kept, cut, known
-    assert program.epsilon is not None
-    norm = math.sqrt(total)
-    gain = 1.0 if norm <= program.epsilon else program.epsilon / norm
-    if program.streamed:
-        s.U *= 1 - gain
-        s.Z -= s.U
-        return kept, cut.mul_(2 * (1 - gain)), gain
-    for rows, A, Y, _ in program.row_chunks(s.W.dtype):
-        U = _removed(program, s.U[rows], Y, gain)
-        s.U[rows] = U
-        s.Z[rows] -= U
-        kept.addmm_((s.Z[rows] - U).T, A)
-    return kept, cut, gain
-
-
-def _removed(program: LayerProgram, D: Tensor, Y: Tensor, gain: float) -> Tensor:
-    """``U``: what the proximal operator takes from the residual, ``(1 − gain) D``; all of it where an inequality is hard."""
-    if not program.one_sided:
-        return D * (1 - gain)
-    return torch.where(Y > 0, D * (1 - gain), D)
-
-
-def _adapts(iteration: int) -> bool:
-    return iteration % 3 == 0 and (iteration <= _ADAPT_UNTIL or math.log2(iteration / 3).is_integer())
-
-
 def _split_weight(program: LayerProgram) -> float:
     return ONE_SIDED_SPLIT_WEIGHT if program.one_sided else SPLIT_WEIGHT
 
 
-def _adapt(s: _State, gain: float, wanted: float) -> None:
+def _adapt(s: State, gain: float, wanted: float, first: float) -> None:
     """Choose β so that the projection acts as the prox of a penalised misfit with the same λ would: ``gain = β'/(1 + β')``, ``β'`` as wanted.
 
-    The multipliers ``βU`` and ``βrE`` stay what they are.
+    Far from the set the residual says how far, not how β fits: β keeps within a range of its ``first`` value.
     """
     ratio = gain / (1 - gain) / wanted if gain < 1 else math.inf
-    # far from the set the residual says how far, not how β fits: the range keeps that from running away
-    lowest, highest = s.start / _BETA_RANGE, s.start * _BETA_RANGE
-    factor = s.beta / min(max(s.beta / min(max(ratio, 0.2), 5.0), lowest), highest)
-    s.beta /= factor
-    s.U *= factor
-    s.E *= factor
+    beta = s.beta / min(max(ratio, 0.2), 5.0)
+    scale_weights(s, min(max(beta, first / _BETA_RANGE), first * _BETA_RANGE) / s.beta)
 
 
-def _check(program: LayerProgram, best: _Best, s: _State, hopeless: float) -> Tensor:
+def _balance_residuals(s: State, of_Z: float, of_S: float) -> None:
+    """For programs on which the weights above have not served: bring primal and dual residuals together, each split by its own weight."""
+    if not _APART > of_S > 1 / _APART:
+        change_support_weight(s, 2.0 if of_S > 1 else 0.5)
+    if not _APART > of_Z > 1 / _APART:
+        factor = 2.0 if of_Z > 1 else 0.5
+        scale_weights(s, factor)
+        change_support_weight(s, 1 / factor)
+
+
+def _check(program: LayerProgram, best: _Best, s: State, hopeless: float) -> Tensor:
     """Offer the bound of the multipliers and the sparse iterate, inside its budget; returns that iterate.
 
     While the bound is further than ``hopeless`` below what the sparse iterate costs even outside its budget, that one is not looked at.
@@ -313,36 +199,36 @@ def _check(program: LayerProgram, best: _Best, s: _State, hopeless: float) -> Te
     return W
 
 
-def _balance(program: LayerProgram, best: _Best, s: _State, W: Tensor, tol: float) -> None:
-    """Move β by what keeps the paper's set from its end: larger for unmet inequalities, smaller for a loose bound."""
+def _shortfalls(program: LayerProgram, best: _Best, W: Tensor, tol: float) -> tuple[float, float]:
+    """What keeps the paper's set from its end, each as a multiple of what is allowed: unmet inequalities, which want a large β, and the gap."""
     measures = program.measure(W)
     norm = program.norm(W)
     objective = norm if program.regularization is None else program.regularization * norm + 0.5 * program.misfit_of(measures)
-    unmet = program.one_sided_excess(measures) / ONE_SIDED_TOLERANCE
-    loose = relative_gap(objective, best.bound) / tol
-    factor = _BALANCE if unmet > 2 * loose else 1 / _BALANCE if loose > 2 * unmet else 1.0
-    s.beta *= factor
-    s.U /= factor
-    s.E /= factor
+    return program.one_sided_excess(measures) / ONE_SIDED_TOLERANCE, relative_gap(objective, best.bound) / tol
 
 
 def least_distance(program: LayerProgram, solver: Callable[[LayerProgram, float, int, Tensor | None], Solution], max_iter: int) -> float | None:
     """The smallest ``‖D‖_F`` there is, if it is proven to lie above the budget; None where there may be feasible weights.
 
-    For ``λ → 0`` a penalised program's bound ``b ≤ λ‖W‖ + ½ misfit`` says that no weights with ``‖W‖ ≤ (b − ½ε²)/λ`` keep the budget.
+    For ``λ → 0`` a penalised program's bound ``b ≤ λ‖W‖ + ½ misfit`` says that no weights with ``‖W‖ ≤ (b − ½ε²)/λ`` keep the budget. That proves
+    enough when it excludes weights far larger than those of the nearest point.
     """
     assert program.epsilon is not None
-    scale = program.target_norm**2
+    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    slope = program.gradient(torch.zeros(program.shape, dtype=torch.float64, device=program.device)).abs()
+    steepest = float(torch.where(omega > 0, slope / omega, 0.0).max())  # λ from which 0 is optimal, or twice it
     tiny = LayerProgram(
         program.inputs,
         program.targets,
-        regularization=1e-9 * max(scale, 1e-300) / program.shape[0],
+        regularization=_TINY_PENALTY * steepest or 1.0,
         activation=program.activation,
         consistency=program.consistency,
         upper=program.upper,
         l1_weights=program.l1_weights,
     )
     solution = solver(tiny, 1e-3, min(max_iter, 1000), None)
-    if not solution.lower_bound > 0.5 * program.epsilon**2 * (1 + 1e-3):
+    assert tiny.regularization is not None
+    excluded = (solution.lower_bound - 0.5 * program.epsilon**2 * (1 + 1e-3)) / tiny.regularization
+    if not math.isfinite(solution.gap) or excluded <= _EXCLUDED * tiny.norm(solution.weights):
         return None
     return tiny.measure(solution.weights).distance
