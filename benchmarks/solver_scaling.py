@@ -12,7 +12,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.solver_mnist import warm_up
 from benchmarks.solver_problems import CorrelatedStream, correlated_layer, make_program
 from benchmarks.solver_session import Run, Session, figures, in_a_process
-from nettrim.solvers import gram_admm
+from nettrim.solvers.gram import gather
 
 WIDE, GROWTH = "wide", "growth"
 GROWTH_KINDS = ("relaxed-budget", "linear-budget")
@@ -88,18 +88,18 @@ def solve_streamed(width: int, rows: int, chunk: int, seed: int, tol: float, thr
         solution = nettrim.solve(program, tol=tol)
     products = {str(dtype).removeprefix("torch."): _product_rates(width, chunk, dtype) for dtype in (torch.float64, torch.float32)}
     part = half.program()
-    gather = [_seconds(lambda p=p: gram_admm._gather(p, tol, None)) for p in (part, program)]  # type: ignore[misc]
+    gather_seconds = [_seconds(lambda p=p: gather(p)) for p in (part, program)]  # type: ignore[misc]
     make = [_seconds(lambda s=s: _exhaust(s)) for s in (half, stream)]  # type: ignore[misc]
-    accumulate = max(gather[1] - gather[0] - (make[1] - make[0]), 1e-9)
+    accumulate = max(gather_seconds[1] - gather_seconds[0] - (make[1] - make[0]), 1e-9)
     flops = 2 * (rows - rows // 2) * (width**2 + width * width)
     return {
         **figures(program, solution),
         "extra_bytes": memory.extra,
         "products": products,
-        "gather_seconds": gather[1],
+        "gather_seconds": gather_seconds[1],
         "stream_seconds": make[1],
         "gram_rate": flops / accumulate,
-        "constant": max(solution.seconds - gather[1], 0.0) / (width**3 * max(solution.iterations, 1)),
+        "constant": max(solution.seconds - gather_seconds[1], 0.0) / (width**3 * max(solution.iterations, 1)),
     }
 
 

@@ -41,18 +41,20 @@ def best_bound(program: LayerProgram, theta: Tensor) -> float:
         columns_size += A.square().sum(0)
     limit = omega if program.regularization is None else program.regularization * omega
     scale = _largest_scale(correlation.abs(), limit.expand(M, N), torch.outer(size, columns_size).sqrt())
-    if program.regularization is not None:
-        return _penalised(linear, square, scale)
-    return _budget(linear, square, scale, program.epsilon or 0.0)
+    return total_bound(program, linear, square, scale)
 
 
-def best_gram_bound(program: LayerProgram, G: Tensor, C: Tensor, squares: Tensor, B: Tensor) -> float:
-    """The same bound for a layer without a ReLU, from ``G = AᵀA``, ``C = YᵀA`` and ``squares = ‖y_m‖²`` alone.
+def gram_terms(program: LayerProgram, rows: slice, G: Tensor, C: Tensor, squares: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block of neurons of a layer without a ReLU adds to the same bound, from ``G = AᵀA``, ``C = YᵀA`` and ``squares = ‖y_m‖²`` alone.
 
-    The dual point is ``θ = A Bᵀ − Y`` for any ``B`` (M, N), scaled neuron by neuron; then ``Aᵀθ = B G − C``, ``−⟨θ, y⟩ = ‖y‖² − ⟨b, c⟩`` and
+    The dual point is ``θ = A Bᵀ − Y`` for any ``B``, scaled neuron by neuron; then ``Aᵀθ = B G − C``, ``−⟨θ, y⟩ = ‖y‖² − ⟨b, c⟩`` and
     ``‖θ‖² = ‖y‖² − 2⟨b, c⟩ + ⟨b, b G⟩``. With unpenalised columns ``B`` is corrected on them, so that their correlations vanish.
+
+    ``C``, ``squares``, ``B`` (float64) are those of the neurons ``rows``; the results are for :func:`total_bound`.
     """
-    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    omega: Tensor = program.l1_weights.double()  # type: ignore[union-attr]
+    if omega.ndim == 2:
+        omega = omega[rows]
     free = _free_columns(omega)
     correlation = B @ G - C
     if free.numel():
@@ -70,6 +72,11 @@ def best_gram_bound(program: LayerProgram, G: Tensor, C: Tensor, squares: Tensor
     square = (linear + (B * correlation).sum(1)).clamp(min=0)
     limit = omega if program.regularization is None else program.regularization * omega
     scale = _largest_scale(correlation.abs(), limit.expand_as(correlation), torch.outer(square, G.diagonal()).sqrt())
+    return linear, square, scale
+
+
+def total_bound(program: LayerProgram, linear: Tensor, square: Tensor, scale: Tensor) -> float:
+    """The bound from what each neuron brings, (M,) each: ``−⟨θ_m, y_m⟩``, ``‖θ_m‖²`` and the largest factor that keeps ``θ_m`` feasible."""
     if program.regularization is not None:
         return _penalised(linear, square, scale)
     return _budget(linear, square, scale, program.epsilon or 0.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nettrim import LayerProgram
+from nettrim.programs import ONE_SIDED_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,9 @@ class Audit:
     misfit: float
 
     def feasible(self, program: LayerProgram) -> bool:
-        """Budget kept to rounding; one-sided excess below 1e-4 of the budget (of ‖Y‖ without one)."""
-        scale = float(program.targets.norm()) if program.epsilon is None else program.epsilon
-        if self.one_sided > 1.0001e-4 * scale:
+        """Budget kept to rounding; one-sided excess within the stated share of the budget (of ‖Y‖ without one)."""
+        scale = float(program.targets.double().norm()) if program.epsilon is None else program.epsilon
+        if self.one_sided > ONE_SIDED_TOLERANCE * (1 + 1e-9) * scale:
             return False
         return program.epsilon is None or self.distance <= program.epsilon * (1 + 1e-9)
 

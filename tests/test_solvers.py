@@ -9,6 +9,7 @@ import torch
 from problems import KINDS, STRUCTURES, TRAINED_PROGRAMS, audit, kkt_residual, random_layer, random_program, trained_layer, trained_program
 
 from nettrim import ArgumentError, LayerProgram, Solution, UnsupportedProgramError, solve
+from nettrim.programs import ONE_SIDED_TOLERANCE
 from nettrim.solvers import SOLVERS, STATUSES, admm
 
 SEEDS = range(4)  # of each of the 14 structures: 56 random programs of each kind
@@ -41,7 +42,7 @@ def check_honest(program: LayerProgram, solution: Solution, tol: float) -> None:
     assert solution.lower_bound >= 0 and solution.iterations >= 0 and solution.seconds >= 0
     if solution.status in ("optimal", "feasible"):
         assert seen.feasible(program)
-        assert solution.violation <= (1e-4 if program.one_sided else 1e-12)
+        assert solution.violation <= (ONE_SIDED_TOLERANCE if program.one_sided else 1e-12)
         off = abs(seen.objective - solution.lower_bound)
         assert solution.gap == pytest.approx(off / seen.objective if off else 0.0, rel=1e-6, abs=1e-15)
         assert (solution.gap <= tol) == (solution.status == "optimal")
@@ -63,7 +64,7 @@ def check_against_oracle(name: str, structure: str, seed: int) -> None:
         assert solution.status == "optimal", what
         assert solution.objective == pytest.approx(reference.objective, rel=1e-4), what
         assert solution.lower_bound <= reference.objective * (1 + 2 * TOL), what
-        # one-sided constraints are met to 1e-4 of the budget, which may buy about as much
+        # one-sided constraints are met to 5e-5 of the budget, which may buy about twice as much
         assert reference.lower_bound <= solution.objective * (1 + (1e-4 if program.one_sided else 2 * TOL)), what
 
 
@@ -89,7 +90,7 @@ def test_solutions_satisfy_the_optimality_conditions(kind, structure):
         solution = solve(program, tol=1e-6, max_iter=6000)
         assert solution.status == "optimal"
         assert kkt_residual(program, solution.weights) < 5e-3
-        if program.epsilon is not None and solution.objective > 0:
+        if program.epsilon is not None and solution.objective > 0 and program.upper is None:  # z ≤ v < 0 may ask for more than the budget does
             assert audit(program, solution.weights).distance == pytest.approx(program.epsilon, rel=1e-2)
 
 

@@ -38,13 +38,17 @@ class State:
 
 
 def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, beta: float | None, support_weight: float) -> State:
-    """The first iterates; β is guessed from the weights where None is given, ``r`` is ``support_weight`` times the mean diagonal of AᵀA."""
+    """The first iterates; β is guessed from the weights where None is given, ``r`` is ``support_weight`` times the mean diagonal of AᵀA.
+
+    Inputs that are 0 in every row have no part in it, as where presolve has taken them out.
+    """
     G, C = _gram(program)
     diagonal = G.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    column = torch.where(diagonal > 0, (diagonal / mean).sqrt(), 1.0)
+    live = diagonal > 0
+    mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
+    column = torch.where(live, (diagonal / mean).sqrt(), 1.0)
     scaled = G / column / column[:, None]
-    r = support_weight * (float(scaled.diagonal().mean()) or 1.0)
+    r = support_weight * mean
     inverse = _inverse(scaled, r)
     if initial is None:
         initial = ((C / column) @ inverse) / column
@@ -52,7 +56,7 @@ def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, bet
             # from far outside the set, multipliers would gather that say nothing of the optimum
             inside = restore_budget(program, G, initial, rounds=_START_ROUNDS)
             initial = initial if inside is None else inside
-    W = (initial.double() * column).to(dtype)
+    W = torch.where(live, initial.double() * column, 0.0).to(dtype)
     if beta is None:
         beta = _first_beta(W, (program.l1_weights.to(column) / column).expand_as(W), r)  # type: ignore[union-attr]
     state = State(
