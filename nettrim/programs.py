@@ -43,7 +43,7 @@ from nettrim.rows import CHUNK_ELEMENTS, Rows, Stream, as_rows
 
 # A one-sided constraint z <= v is met when ‖max(z − v, 0)‖_F is below this share of the budget (of ‖Y‖_F where there is none): first-order
 # solvers approach a million inequalities from outside. The budget itself is never exceeded: that norm counts in it.
-ONE_SIDED_TOLERANCE = 5e-5
+ONE_SIDED_TOLERANCE = 2e-5
 ROUNDING = 1e-12
 
 

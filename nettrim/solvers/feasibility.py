@@ -12,6 +12,7 @@ from nettrim.programs import LayerProgram, residual
 
 _CG_STEPS = 8
 _ROOT_STEPS = 30
+_ROUNDS = 3
 
 
 def restricted_least_squares(G: Tensor, B: Tensor, mask: Tensor, steps: int = _CG_STEPS) -> Tensor:
@@ -46,7 +47,7 @@ def rounding_margin(program: LayerProgram, dtype: torch.dtype) -> float:
     return 1e-6 if torch.float32 in (dtype, program.dtype) else 1e-10
 
 
-def restore_budget(program: LayerProgram, G: Tensor, W: Tensor, rounds: int = 3) -> Tensor | None:
+def restore_budget(program: LayerProgram, G: Tensor, W: Tensor) -> Tensor | None:
     """The nearest point to ``W`` (M, N), on its own support, that keeps the budget; None where a few rounds don't find one.
 
     At ``W`` the misfit is majorised by ``‖A W'ᵀ − (Z − D)‖_F²``, a least-squares problem in ``G = AᵀA``; the step towards its minimiser on the
@@ -70,7 +71,7 @@ def restore_budget(program: LayerProgram, G: Tensor, W: Tensor, rounds: int = 3)
             total += float(residual(torch.sub(Z[rows], dZ[rows], alpha=t), Y, V, relu=program.relu).square().sum())
         return total / budget**2 - 1
 
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         total, B = 0.0, torch.zeros_like(W)
         for rows, A, Y, V in program.row_chunks(W.dtype):
             Z[rows] = A @ W.T

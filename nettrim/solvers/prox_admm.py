@@ -2,14 +2,16 @@
 
 With ``Z = A Wᵀ`` (weight β, scaled multipliers ``U``) and ``S = W`` (weight βr, scaled multipliers ``E``), an iteration is
 
-1. ``Z ← prox of the misfit at V = A Wᵀ + U``  entry by entry; for a budget, the projection onto the set. Then ``U ← V − Z``.
+1. ``Z ← prox of the misfit at V = A Wᵀ + U`` entry by entry: ``V − D(V)/(1 + β)``, or all of ``D(V)`` where an inequality is hard. ``U ← V − Z``.
 2. ``S ← soft-threshold(W + E, λω/(βr))``. Then ``E ← W + E − S``.
 3. ``W ← ((Z − U)ᵀ A + r (S − E)) (AᵀA + r I)⁻¹``: one product with a cached inverse; the two products with ``A`` are all that depends on P.
 
-1 and 2 see the over-relaxed ``A Wᵀ`` and ``W``. All three are the journal paper's steps (SIAM J. Math. Data Sci. 2020, Algorithm 1) with two
-weights instead of one, the relaxed set beside the paper's, and penalised programs beside budgets. What is new is the end: ``θ = βU`` is a dual
-point (``U`` is 0 where the misfit is flat, and never negative off Ω), so each check knows the bound that it proves; and the sparse iterate ``S``
-is brought inside the budget on its own support. docs/solvers.md has the measurements behind the constants.
+1 and 2 see the over-relaxed ``A Wᵀ`` and ``W``. A budget first moves λ: ``λ ← λ ε/√misfit(Z)``, and the multipliers, which are of its size,
+with it; so it costs what a penalty does. Once λ has settled, or won't, step 1 is the projection onto the budget's set, and λ stays: it is then
+but the ratio of two step sizes, as in the papers. Splitting and step 3 are the journal paper's (SIAM J. Math. Data Sci. 2020, Algorithm 1), with
+two weights instead of one, the relaxed set beside the paper's, and penalised programs beside budgets. What is new is the end: ``θ = βU/λ`` is a
+dual point (``U`` is 0 where the misfit is flat, and never negative off Ω), so each check knows the bound that it proves; and the sparse iterate
+``S`` is brought inside the budget on its own support. docs/solvers.md has the measurements behind the constants.
 
 Columns are scaled to equal norm, which makes one ``r`` right for inputs of any units.
 """
@@ -27,22 +29,21 @@ from torch import Tensor
 from nettrim.programs import ONE_SIDED_TOLERANCE, LayerProgram
 from nettrim.solvers.base import Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
-from nettrim.solvers.splitting import State, change_support_weight, scale_weights, start, step, watched_step
+from nettrim.solvers.splitting import State, change_support_weight, refine, scale_weights, start, step, watched_step
 
 NAME = "prox_admm"
 _TINY_PENALTY = 1e-9  # over the one from which 0 is optimal
 _EXCLUDED = 1e3  # times the norm of the nearest point: no feasible weights below it
 SPLIT_WEIGHT = 0.1  # β over the misfit's curvature
-ONE_SIDED_SPLIT_WEIGHT = 0.5  # where it starts for the paper's set, to be balanced: hard inequalities want a large β, the bound a small one
+ONE_SIDED_SPLIT_WEIGHT = 0.5  # for the paper's set: hard inequalities want a large β, the bound a small one
 _BALANCE = 1.5
 SUPPORT_WEIGHT = 1.0  # r over the mean diagonal of AᵀA
 _CHECK_EVERY = 20
-_ADAPT_UNTIL = 60
+_SETTLED_FOR = 10
 _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float64 costs nothing
 _STALLED_CHECKS = 12
 _BALANCE_FROM = 200  # what is not solved by then has its residuals balanced
 _APART = 4.0
-_BETA_RANGE = 100.0
 _HOPELESS = 8.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
@@ -89,23 +90,16 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
 
     if best.objective == 0:
         return finish(0)
-    iterations, last = 0, None
-    for dtype in _precisions(program, tol):
-        done, last = _iterate(program, best, dtype, tol, max_iter - iterations, initial if last is None else last)
-        iterations += done
-        if best.gap <= tol or iterations >= max_iter:
-            break
+    iterations, last = _iterate(program, best, tol, max_iter, initial)
     if best.W is None and program.epsilon is not None:
         least = least_distance(program, run, max_iter)
         return finish(iterations, infeasible=least is not None, least_distance=least, last=last)
     return finish(iterations, last=last)
 
 
-def _precisions(program: LayerProgram, tol: float) -> tuple[torch.dtype, ...]:
+def _precision(program: LayerProgram, tol: float) -> torch.dtype:
     work = program.rows * program.shape[0] * program.shape[1]
-    if program.dtype == torch.float32 and work >= _FLOAT32_WORK and tol >= 1e-6:
-        return (torch.float32, torch.float64)
-    return (torch.float64,)
+    return torch.float32 if program.dtype == torch.float32 and work >= _FLOAT32_WORK and tol >= 1e-6 else torch.float64
 
 
 def _offer(program: LayerProgram, best: _Best, W: Tensor) -> None:
@@ -121,54 +115,35 @@ def _offer(program: LayerProgram, best: _Best, W: Tensor) -> None:
         best.W, best.objective = W, objective
 
 
-def _iterate(
-    program: LayerProgram, best: _Best, dtype: torch.dtype, tol: float, limit: int, initial: Tensor | None
-) -> tuple[int, Tensor]:
-    """Run up to ``limit`` iterations in ``dtype``; stops early at the tolerance or when this precision makes no more progress."""
-    state = start(program, dtype, initial, None if program.epsilon is not None else _split_weight(program), SUPPORT_WEIGHT)
-    first, stalled, smallest = state.beta, 0, math.inf
-    iteration = 0
+def _iterate(program: LayerProgram, best: _Best, tol: float, limit: int, initial: Tensor | None) -> tuple[int, Tensor]:
+    """Run up to ``limit`` iterations, in float64 once single precision makes no more progress; stops early at the tolerance."""
+    state = start(program, _precision(program, tol), initial, ONE_SIDED_SPLIT_WEIGHT if program.one_sided else SPLIT_WEIGHT, SUPPORT_WEIGHT)
+    iteration, stalled, smallest = 0, 0, math.inf
     while iteration < limit:
         iteration += 1
         ratios = None
         if iteration >= _BALANCE_FROM and iteration % _CHECK_EVERY == 0:
             ratios = watched_step(program, state)
         else:
-            gain = step(program, state)
-            if program.epsilon is not None and iteration % 3 == 0 and iteration <= _ADAPT_UNTIL:
-                _adapt(state, gain, _split_weight(program), first)
+            step(program, state)
+        if state.settled >= _SETTLED_FOR or iteration == _BALANCE_FROM:
+            state.projecting = program.epsilon is not None
         if iteration % _CHECK_EVERY and iteration != limit:
             continue
         W = _check(program, best, state, math.inf if iteration == limit else _HOPELESS * tol)
         if best.gap <= tol:
             break
-        unmet, loose = _shortfalls(program, best, W, tol) if program.one_sided else (0.0, 1.0)
-        if ratios is None and program.one_sided and iteration >= _ADAPT_UNTIL:
-            scale_weights(state, _BALANCE if unmet > 2 * loose else 1 / _BALANCE if loose > 2 * unmet else 1.0)
-        elif ratios is not None and loose < 1 < unmet:
+        if ratios is not None and program.one_sided and _unmet_but_close(program, best, W, tol):
             scale_weights(state, _BALANCE)
         elif ratios is not None:
             _balance_residuals(state, *ratios)
-        progress = best.gap if math.isfinite(best.gap) else 1.0 - best.bound / max(program.norm(state.S / state.column), 1e-300)
+        progress = best.gap if math.isfinite(best.gap) else 1.0 - best.bound / max(program.norm(state.weights), 1e-300)
         stalled = 0 if progress < 0.98 * smallest else stalled + 1
         smallest = min(smallest, progress)
-        if dtype == torch.float32 and stalled >= _STALLED_CHECKS:
-            break
-    return iteration, state.S / state.column
-
-
-def _split_weight(program: LayerProgram) -> float:
-    return ONE_SIDED_SPLIT_WEIGHT if program.one_sided else SPLIT_WEIGHT
-
-
-def _adapt(s: State, gain: float, wanted: float, first: float) -> None:
-    """Choose β so that the projection acts as the prox of a penalised misfit with the same λ would: ``gain = β'/(1 + β')``, ``β'`` as wanted.
-
-    Far from the set the residual says how far, not how β fits: β keeps within a range of its ``first`` value.
-    """
-    ratio = gain / (1 - gain) / wanted if gain < 1 else math.inf
-    beta = s.beta / min(max(ratio, 0.2), 5.0)
-    scale_weights(s, min(max(beta, first / _BETA_RANGE), first * _BETA_RANGE) / s.beta)
+        if stalled >= _STALLED_CHECKS and state.W.dtype == torch.float32:
+            refine(program, state)
+            stalled = 0
+    return iteration, state.weights
 
 
 def _balance_residuals(s: State, of_Z: float, of_S: float) -> None:
@@ -187,11 +162,11 @@ def _check(program: LayerProgram, best: _Best, s: State, hopeless: float) -> Ten
     While the bound is further than ``hopeless`` below what the sparse iterate costs even outside its budget, that one is not looked at.
     """
     best.bound = max(best.bound, program.lower_bound(s.U))
-    W = s.S / s.column
+    W = s.weights
     if program.epsilon is not None:
         if not program.one_sided and best.bound < (1 - hopeless) * program.norm(W):
             return W
-        restored = restore_budget(program, s.G, W)
+        restored = restore_budget(program, s.G.to(W.dtype), W)
         if restored is None:
             return W
         W = restored
@@ -199,12 +174,13 @@ def _check(program: LayerProgram, best: _Best, s: State, hopeless: float) -> Ten
     return W
 
 
-def _shortfalls(program: LayerProgram, best: _Best, W: Tensor, tol: float) -> tuple[float, float]:
-    """What keeps the paper's set from its end, each as a multiple of what is allowed: unmet inequalities, which want a large β, and the gap."""
+def _unmet_but_close(program: LayerProgram, best: _Best, W: Tensor, tol: float) -> bool:
+    """Whether hard inequalities are all that keeps ``W`` from its end: they want a larger β."""
     measures = program.measure(W)
-    norm = program.norm(W)
-    objective = norm if program.regularization is None else program.regularization * norm + 0.5 * program.misfit_of(measures)
-    return program.one_sided_excess(measures) / ONE_SIDED_TOLERANCE, relative_gap(objective, best.bound) / tol
+    objective = program.norm(W)
+    if program.regularization is not None:
+        objective = program.regularization * objective + 0.5 * program.misfit_of(measures)
+    return relative_gap(objective, best.bound) < tol and program.one_sided_excess(measures) > ONE_SIDED_TOLERANCE
 
 
 def least_distance(program: LayerProgram, solver: Callable[[LayerProgram, float, int, Tensor | None], Solution], max_iter: int) -> float | None:

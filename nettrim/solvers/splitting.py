@@ -1,8 +1,8 @@
-"""One iteration of ``prox_admm``: the iterates, the three steps, and the two weights that may change on the way.
+"""One iteration of ``prox_admm``: the iterates, the three steps, and the weights that may change on the way.
 
-    min  f(Z) + Σ ω|s|   s.t.  Z = A Wᵀ (weight β, scaled multipliers U),  S = W (weight σ = βr, scaled multipliers E)
+    min  ½ misfit(Z) + λ Σ ω|s|   s.t.  Z = A Wᵀ (weight β, scaled multipliers U),  S = W (weight βr, scaled multipliers E)
 
-with ``f`` the misfit of a penalised program or the indicator of a budget's set. See :mod:`nettrim.solvers.prox_admm` for the method.
+A penalised program says λ; a budget moves it. See :mod:`nettrim.solvers.prox_admm` for the method.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from nettrim.programs import LayerProgram, residual
 from nettrim.proximal import soft_threshold
-from nettrim.solvers.feasibility import restore_budget
 
 OVER_RELAXATION = 1.7
-_START_ROUNDS = 20
+FIRST_LEVEL = 0.005  # λ over the one from which 0 is optimal, a unit of ε/‖Y‖: where a budget's λ starts
+_LEVEL_STEP = 2.0  # by which λ may change in an iteration
+_LEVEL_RANGE = 100.0  # and in all
+_SETTLED = 0.05
 
 
 @dataclass
@@ -26,69 +28,85 @@ class State:
     """The iterates in one precision; ``W``, ``S``, ``E`` are in scaled columns (``W = W_true · column``)."""
 
     column: Tensor
-    G: Tensor  # Gram matrix of the unscaled columns
+    omega: Tensor  # ω / column
+    G: Tensor  # Gram matrix of the unscaled columns, float64
     inverse: Tensor
     r: float
     beta: float
+    level: float  # λ
+    first_level: float
+    projecting: bool  # onto the budget's set, λ being what it is; else λ moves, and the misfit is penalised
+    settled: int  # iterations for which λ has hardly moved
     W: Tensor
     S: Tensor
     E: Tensor
     Z: Tensor  # (P, M)
     U: Tensor  # (P, M)
 
+    @property
+    def weights(self) -> Tensor:
+        """``S``, the sparse iterate, in true columns."""
+        return self.S / self.column
 
-def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, beta: float | None, support_weight: float) -> State:
-    """The first iterates; β is guessed from the weights where None is given, ``r`` is ``support_weight`` times the mean diagonal of AᵀA.
 
-    Inputs that are 0 in every row have no part in it, as where presolve has taken them out.
+def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, beta: float, support_weight: float) -> State:
+    """The first iterates, 0 unless weights are given; ``r`` is ``support_weight`` times the mean diagonal of AᵀA.
+
+    Inputs that are 0 in every row have no part in any of it, as where presolve has taken them out.
     """
     G, C = _gram(program)
-    diagonal = G.diagonal()
-    live = diagonal > 0
-    mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
-    column = torch.where(live, (diagonal / mean).sqrt(), 1.0)
-    scaled = G / column / column[:, None]
+    live = G.diagonal() > 0
+    mean = float(G.diagonal()[live].mean()) if bool(live.any()) else 1.0
+    column = torch.where(live, (G.diagonal() / mean).sqrt(), 1.0)
+    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    largest = float(torch.where(omega > 0, C.abs() / omega, 0.0).max()) or 1.0
+    level = program.regularization
+    if level is None:
+        assert program.epsilon is not None
+        level = FIRST_LEVEL * largest * max(program.epsilon / (program.target_norm or 1.0), 1e-12)
+    W = torch.zeros(program.shape, dtype=dtype, device=program.device)
+    if initial is not None:
+        W = torch.where(live, initial.double() * column, 0.0).to(dtype)
     r = support_weight * mean
-    inverse = _inverse(scaled, r)
-    if initial is None:
-        initial = ((C / column) @ inverse) / column
-        if program.epsilon is not None:
-            # from far outside the set, multipliers would gather that say nothing of the optimum
-            inside = restore_budget(program, G, initial, rounds=_START_ROUNDS)
-            initial = initial if inside is None else inside
-    W = torch.where(live, initial.double() * column, 0.0).to(dtype)
-    if beta is None:
-        beta = _first_beta(W, (program.l1_weights.to(column) / column).expand_as(W), r)  # type: ignore[union-attr]
     state = State(
         column=column.to(dtype),
-        G=G.to(dtype),
-        inverse=inverse.to(dtype),
+        omega=(omega / column).to(dtype),
+        G=G,
+        inverse=_inverse(G, column, r).to(dtype),
         r=r,
         beta=beta,
+        level=level,
+        first_level=level,
+        projecting=False,
+        settled=0,
         W=W,
         S=W.clone(),
         E=torch.zeros_like(W),
-        Z=torch.empty((program.rows, program.shape[0]), dtype=dtype, device=W.device),
+        Z=torch.zeros((program.rows, program.shape[0]), dtype=dtype, device=W.device),
         U=torch.zeros((program.rows, program.shape[0]), dtype=dtype, device=W.device),
     )
-    weights = (W / state.column).T
-    for rows, A, _, _ in program.row_chunks(dtype):
-        state.Z[rows] = A @ weights
+    if initial is not None:
+        for rows, A, _, _ in program.row_chunks(dtype):
+            state.Z[rows] = A @ state.weights.T
     return state
 
 
-def _inverse(scaled: Tensor, r: float) -> Tensor:
-    """``(G + rI)⁻¹``: G is positive semidefinite to rounding, and r of the size of its mean diagonal, so this cannot fail."""
-    shifted = scaled.clone()
+def refine(program: LayerProgram, s: State) -> None:
+    """Go on in float64."""
+    diagonal = s.G.diagonal()
+    live = diagonal > 0
+    s.column = torch.where(live, (diagonal / diagonal[live].mean()).sqrt(), 1.0)
+    s.omega = program.l1_weights.double() / s.column  # type: ignore[union-attr]
+    s.inverse = _inverse(s.G, s.column, s.r)
+    for name in ("W", "S", "E", "Z", "U"):
+        setattr(s, name, getattr(s, name).double())
+
+
+def _inverse(G: Tensor, column: Tensor, r: float) -> Tensor:
+    """``(G/(column columnᵀ) + rI)⁻¹``: G is positive semidefinite to rounding, and r of the size of its mean diagonal, so this cannot fail."""
+    shifted = G / column / column[:, None]
     shifted.diagonal().add_(r)
     return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-
-
-def _first_beta(W: Tensor, omega: Tensor, r: float) -> float:
-    """β for which the threshold ``ω/(βr)`` is a twentieth of the weights, in the mean that the ℓ1 norm takes; the gain corrects it."""
-    weights, omega = W.double(), omega.double()
-    level = 0.05 * float(weights.square().sum()) / max(float((omega * weights.abs()).sum()), 1e-300)
-    return 1.0 / (r * max(level, 1e-300))
 
 
 def _gram(program: LayerProgram) -> tuple[Tensor, Tensor]:
@@ -102,79 +120,87 @@ def _gram(program: LayerProgram) -> tuple[Tensor, Tensor]:
     return G, C
 
 
-def step(program: LayerProgram, s: State) -> float:
-    """One iteration; the returned gain in [0, 1] is the share of the residual that the budget leaves (1: inactive)."""
-    kept, cut, gain = _project(program, s)
+def step(program: LayerProgram, s: State) -> None:
+    """One iteration: steps 1 to 3, and λ's."""
+    pull, ratio = _prox_misfit(program, s)
     T = torch.lerp(s.S, s.W, OVER_RELAXATION).add_(s.E)
-    level = 1.0 if program.regularization is None else program.regularization
-    omega = program.l1_weights.to(s.W)  # type: ignore[union-attr]
-    s.S = soft_threshold(T, level * omega / s.column / (s.beta * s.r))
+    s.S = soft_threshold(T, s.level / (s.beta * s.r) * s.omega)
     s.E = T - s.S
-    s.W = ((kept - cut) / s.column + s.r * (s.S - s.E)) @ s.inverse
-    return gain
+    s.W = (pull / s.column + s.r * (s.S - s.E)) @ s.inverse
+    if program.epsilon is not None and not s.projecting:
+        s.settled = s.settled + 1 if abs(ratio - 1) < _SETTLED else 0
+        _change_level(s, min(max(ratio, 1 / _LEVEL_STEP), _LEVEL_STEP))
 
 
-def _project(program: LayerProgram, s: State) -> tuple[Tensor, Tensor, float]:
-    """Step 1 for all rows, and the two halves of step 3's right-hand side: ``(Z − U)ᵀA = kept − cut``.
+def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
+    """Step 1 for all rows: ``(Z − U)ᵀA``, which step 3 needs, and how many times over its ``√misfit(Z)`` the budget is.
 
-    How much of the residual ``D`` a budget leaves depends on the norm of all of it. Rows in memory are read twice, with one product each time. A
-    stream is read once: the right-hand side is linear in that share, so ``VᵀA`` and ``DᵀA`` are gathered apart.
+    A penalty leaves ``β/(1 + β)`` of the residual ``D``, each row on its own. The projection leaves ``ε/‖D‖`` of it, which all rows decide: those in
+    memory are read again, a stream is read once, ``(Z − U)ᵀA = VᵀA − 2 (1 − gain) DᵀA`` being linear in what it leaves.
     """
     weights = (s.W / s.column).T
-    kept, cut = torch.zeros_like(s.W), torch.zeros_like(s.W)
-    known = None if program.regularization is None else s.beta / (1 + s.beta)
-    total = 0.0
+    pull, cut = torch.zeros_like(s.W), torch.zeros_like(s.W)
+    gain, total = s.beta / (1 + s.beta), 0.0
     for rows, A, Y, V0 in program.row_chunks(s.W.dtype):
         V = torch.lerp(s.Z[rows], A @ weights, OVER_RELAXATION).add_(s.U[rows])
         D = residual(V, Y, V0, relu=program.relu)
-        if known is not None:
-            U = _removed(program, D, Y, known)
-            s.U[rows], s.Z[rows] = U, V.sub_(U)
-            kept.addmm_((s.Z[rows] - U).T, A)
-            continue
         total += float((torch.where(Y > 0, D, 0.0) if program.one_sided else D).square().sum())
-        s.Z[rows], s.U[rows] = V, D
+        if not s.projecting:
+            U = _removed(program, D, Y, gain)
+            s.U[rows], s.Z[rows] = U, V.sub_(U)
+            pull.addmm_((s.Z[rows] - U).T, A)
+            continue
+        s.U[rows], s.Z[rows] = D, V
         if program.streamed:
-            kept.addmm_(V.T, A)
+            pull.addmm_(V.T, A)
             cut.addmm_(D.T, A)
-    if known is not None:
-        return kept, cut, known
-    assert program.epsilon is not None
+    if program.epsilon is None:
+        return pull, 1.0
     norm = math.sqrt(total)
-    gain = 1.0 if norm <= program.epsilon else program.epsilon / norm
+    if not s.projecting:
+        return pull, program.epsilon / (gain * norm) if norm > 0 else _LEVEL_STEP
+    gain = min(1.0, program.epsilon / norm) if norm > 0 else 1.0
     if program.streamed:
         s.U *= 1 - gain
         s.Z -= s.U
-        return kept, cut.mul_(2 * (1 - gain)), gain
+        return pull.sub_(cut, alpha=2 * (1 - gain)), 1.0
     for rows, A, Y, _ in program.row_chunks(s.W.dtype):
         U = _removed(program, s.U[rows], Y, gain)
         s.U[rows] = U
         s.Z[rows] -= U
-        kept.addmm_((s.Z[rows] - U).T, A)
-    return kept, cut, gain
+        pull.addmm_((s.Z[rows] - U).T, A)
+    return pull, 1.0
 
 
 def _removed(program: LayerProgram, D: Tensor, Y: Tensor, gain: float) -> Tensor:
     """``U``: what the proximal operator takes from the residual, ``(1 − gain) D``; all of it where an inequality is hard."""
-    if not program.one_sided:
-        return D * (1 - gain)
-    return torch.where(Y > 0, D * (1 - gain), D)
+    return torch.where(Y > 0, D * (1 - gain), D) if program.one_sided else D * (1 - gain)
 
+
+def _change_level(s: State, factor: float) -> None:
+    """Multiply λ; the multipliers are of its size and change with it.
+
+    It keeps within a range of its first value: while the iterates are far from the set, their misfit says nothing of λ.
+    """
+    level = min(max(s.level * factor, s.first_level / _LEVEL_RANGE), s.first_level * _LEVEL_RANGE)
+    factor = level / s.level
+    s.level = level
+    s.U *= factor
+    s.E *= factor
 
 
 def scale_weights(s: State, factor: float) -> None:
-    """Multiply β, and with it σ; the multipliers ``βU`` and ``σE`` stay what they are."""
+    """Multiply β, and with it βr; the multipliers ``βU`` and ``βrE`` stay what they are."""
     s.beta *= factor
     s.U /= factor
     s.E /= factor
 
 
 def change_support_weight(s: State, factor: float) -> None:
-    """Multiply σ alone, at the price of one factorisation; the multipliers ``σE`` stay what they are."""
+    """Multiply r alone, at the price of one factorisation; the multipliers ``βrE`` stay what they are."""
     s.r *= factor
     s.E /= factor
-    scaled = s.G.double() / s.column.double() / s.column.double()[:, None]
-    s.inverse = _inverse(scaled, s.r).to(s.W.dtype)
+    s.inverse = _inverse(s.G, s.column.double(), s.r).to(s.W.dtype)
 
 
 def watched_step(program: LayerProgram, s: State) -> tuple[float, float]:
