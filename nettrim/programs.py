@@ -39,7 +39,7 @@ from torch import Tensor
 
 from nettrim.duality import best_bound
 from nettrim.errors import ArgumentError
-from nettrim.rows import CHUNK_ELEMENTS, Rows, Stream, as_rows
+from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
 
 # A one-sided constraint z <= v is met when ‖max(z − v, 0)‖_F is below this share of the budget (of ‖Y‖_F where there is none): first-order
 # solvers approach a million inequalities from outside. The budget itself is never exceeded: that norm counts in it.
@@ -249,12 +249,12 @@ class LayerProgram:
     def norm(self, W: Tensor) -> float:
         """``Σ ω|w|`` for W of shape (M, N)."""
         omega = self.l1_weights.expand(self.shape)  # type: ignore[union-attr]
-        return sum(float((omega[block].double() * W[block].double().abs()).sum()) for block in self._neurons())
+        return sum(float((omega[block].double() * W[block].double().abs()).sum()) for block in self.neuron_blocks())
 
-    def _neurons(self) -> Iterator[slice]:
-        """Blocks of neurons whose weights are no more than a chunk of rows."""
+    def neuron_blocks(self) -> Iterator[slice]:
+        """Neurons, as many at a time as a computation may hold the weights of."""
         M, N = self.shape
-        step = max(1, CHUNK_ELEMENTS // N)
+        step = max(1, BLOCK_ELEMENTS // N)
         return (slice(start, start + step) for start in range(0, M, step))
 
     def measure(self, W: Tensor) -> Measures:
@@ -262,7 +262,7 @@ class LayerProgram:
         W = W.to(self.device)
         on = off = out = 0.0
         for _, A, Y, V in self.row_chunks():
-            Z = torch.cat([A @ W[block].T.double() for block in self._neurons()], 1)
+            Z = torch.cat([A @ W[block].T.double() for block in self.neuron_blocks()], 1)
             D = residual(Z, Y, V, relu=self.relu)
             if not self.relu:
                 total = float(D.square().sum())

@@ -16,6 +16,7 @@ from torch import Tensor
 from nettrim.errors import ArgumentError
 
 CHUNK_ELEMENTS = 4_000_000
+BLOCK_ELEMENTS = 500_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
 
 Stream = Callable[[], Iterable[Any]]
 

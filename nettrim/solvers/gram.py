@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nettrim.duality import gram_terms, total_bound
 from nettrim.programs import LayerProgram
+from nettrim.rows import BLOCK_ELEMENTS
 from nettrim.solvers.feasibility import restricted_least_squares
 
-BLOCK_ELEMENTS = 4_000_000
 _SHARE = 1e-10  # of the mean diagonal, added to G where only its least squares are wanted; it can but raise their misfit
 
 

@@ -156,9 +156,10 @@ def _iterate(program: LayerProgram, gram: Gram, s: _State, best: _Best, tol: flo
     iteration = 0
     while iteration < limit:
         iteration += 1
-        primal, dual = _step(program, gram, s)
         if iteration % _CHECK_EVERY and iteration != limit:
+            _step(program, gram, s)
             continue
+        ratio = _step(program, gram, s, watched=True)
         best.bound = max(best.bound, gram.bound(program, _dense(gram, s)))
         _offer(program, gram, s, best, margin, math.inf if iteration == limit else _HOPELESS * tol)
         if best.gap <= tol:
@@ -170,8 +171,8 @@ def _iterate(program: LayerProgram, gram: Gram, s: _State, best: _Best, tol: flo
             margin *= 10
             best.W, best.objective = None, math.inf
             continue
-        if not _BALANCE > primal / max(dual, 1e-300) > 1 / _BALANCE:
-            _change_sigma(gram, s, 3.0 if primal > dual else 1 / 3.0)
+        if not _BALANCE > ratio > 1 / _BALANCE:
+            _change_sigma(gram, s, 3.0 if ratio > 1 else 1 / 3.0)
         stalled = 0 if best.gap < 0.98 * smallest else stalled + 1
         smallest = min(smallest, best.gap)
         if stalled >= _STALLED_CHECKS and s.T.dtype == torch.float32:
@@ -180,24 +181,25 @@ def _iterate(program: LayerProgram, gram: Gram, s: _State, best: _Best, tol: flo
     return iteration
 
 
-def _step(program: LayerProgram, gram: Gram, s: _State) -> tuple[float, float]:
-    """One iteration for all neurons; returns the relative primal and dual residuals, ``‖W − S‖/‖W‖`` and ``‖S − S_before‖/‖E‖``."""
+def _step(program: LayerProgram, gram: Gram, s: _State, watched: bool = False) -> float:
+    """One iteration for all neurons; if watched, the ratio of relative residuals, primal ``‖W − S‖/‖W‖`` over dual ``‖S − S_before‖/‖E‖``."""
     misfit = float(gram.squares.sum())
     apart = moved = size = multipliers = 0.0
     for rows, S, pull, C, W in _first_half(gram, s):
         # F(W) from W G = C + σ (S − E − W), without a product
-        misfit += float((W * (pull - s.sigma * W - C)).double().sum())
-        s.T[rows] = torch.lerp(S, W, OVER_RELAXATION).add_(s.T[rows]).sub_(S)
-        after = s.sparse(rows)
-        apart += float((W - after).square().sum())
-        moved += float((after - S).square().sum())
-        size += float(W.square().sum())
-        multipliers += float((s.T[rows] - after).square().sum())
+        misfit += float((W * (pull - s.sigma * W - C)).sum(dtype=torch.float64))
+        s.T[rows] += OVER_RELAXATION * (W - S)  # lerp(S, W) + E, with E = T − S
+        if watched:
+            after = s.sparse(rows)
+            apart += float((W - after).square().sum())
+            moved += float((after - S).square().sum())
+            size += float(W.square().sum())
+            multipliers += float((s.T[rows] - after).square().sum())
     if program.epsilon is not None:
         wanted, found = program.epsilon**2 - s.least, misfit - s.least
         ratio = math.sqrt(max(wanted, 0.0) / found) if found > 0 else 2.0
         _change_level(gram, s, s.level * min(max(ratio, 0.5), 2.0))
-    return math.sqrt(apart / size) if size else 0.0, math.sqrt(moved / multipliers) if multipliers else math.inf
+    return math.sqrt(apart * multipliers / max(size * moved, 1e-300)) if watched else 1.0
 
 
 def _first_half(gram: Gram, s: _State) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
@@ -245,7 +247,9 @@ def _offer(program: LayerProgram, gram: Gram, s: _State, best: _Best, margin: fl
 
     While the bound is further than ``hopeless`` below what the iterate costs even outside its budget, it is not looked at.
     """
-    W = torch.cat([s.sparse(rows) / s.column for rows in gram.blocks()])
+    W = torch.empty_like(s.T)
+    for rows in gram.blocks():
+        W[rows] = s.sparse(rows) / s.column
     if program.epsilon is not None:
         if best.bound < (1 - hopeless) * program.norm(W):
             return
