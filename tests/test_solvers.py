@@ -372,3 +372,25 @@ def test_a_numpy_start_is_as_good_as_a_tensor():
     program = trained_program(KINDS["linear-budget"], 0)
     dense = trained_layer(0)[2]
     assert torch.equal(solve(program, initial=dense.numpy()).weights, solve(program, initial=dense).weights)
+
+
+def test_a_small_program_is_solved_on_one_thread_and_the_setting_comes_back():
+    seen = []
+    A, _, W = trained_layer(0)
+
+    def chunks():
+        seen.append(torch.get_num_threads())
+        return iter(A.split(20))
+
+    program = LayerProgram(chunks, (A @ W.T).clamp(min=0), epsilon=1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen.clear()
+        solve(program, max_iter=20)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        with pytest.raises(ArgumentError):
+            solve(program, tol=-1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,6 +29,9 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
+_ONE_THREAD_WORK = 2e7  # P·N·M
+
+
 def check_solver(name: str) -> None:
     """Refuse a name that is no solver's.
 
@@ -45,6 +50,21 @@ def _choose(name: str, program: LayerProgram) -> Solver:
     if name == "auto":
         name = prox_admm.NAME if program.relu else gram_admm.NAME
     return SOLVERS[name]
+
+
+@contextlib.contextmanager
+def _threads_for(program: LayerProgram) -> Iterator[None]:
+    """One thread for a small program: more gain it little, and where other processes want the cores too they wait for each other, a hundredfold."""
+    threads = torch.get_num_threads()
+    small = program.rows * program.shape[0] * program.shape[1] < _ONE_THREAD_WORK
+    if not small or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def solve(
@@ -94,7 +114,8 @@ def solve(
         )
     smaller = presolve(program)
     inside = None if start is None else smaller.restrict(start)
-    solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, inside)
+    with _threads_for(smaller.program):
+        solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, inside)
     if inside is not None and not math.isfinite(solution.gap) and smaller.program.is_feasible(inside):
         # the answer of last resort, for solvers that have no use for a start
         spent = (solution.iterations, solution.seconds)
