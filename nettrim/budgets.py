@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nettrim.programs import LayerProgram, residual
+from nettrim.programs import LayerProgram
+from nettrim.residual import residual
 
 
 @dataclass(frozen=True)

@@ -39,48 +39,8 @@ from torch import Tensor
 
 from nettrim.duality import best_bound
 from nettrim.errors import ArgumentError
+from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
-
-# A one-sided constraint z <= v is met when ‖max(z − v, 0)‖_F is below this share of the budget (of ‖Y‖_F where there is none): first-order
-# solvers approach a million inequalities from outside. The budget itself is never exceeded: that norm counts in it.
-ONE_SIDED_TOLERANCE = 2e-5
-ROUNDING = 1e-12
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What weights do to the constraints and to the layer's output, all in float64.
-
-    Attributes
-    ----------
-    on_support : float
-        ``Σ_Ω (z − y)²``.
-    off_support : float
-        ``Σ_{Ωᶜ} max(z − v, 0)²``; 0 for a layer without a ReLU.
-    discrepancy : float
-        ``‖relu(Z) − Y‖_F``, or ``‖Z − Y‖_F`` without a ReLU.
-    """
-
-    on_support: float
-    off_support: float
-    discrepancy: float
-
-    @property
-    def distance(self) -> float:
-        """``‖D‖_F``: zero when every target is met and no one-sided constraint is exceeded."""
-        return math.sqrt(self.on_support + self.off_support)
-
-
-def residual(Z: Tensor, Y: Tensor, V: Tensor | None = None, *, relu: bool = True) -> Tensor:
-    """``D``: ``z − y`` on Ω and ``max(z − v, 0)`` off Ω (everywhere ``z − y`` without a ReLU).
-
-    ``Z − D`` is the projection of ``Z`` onto ``{z = y on Ω, z ≤ v off Ω}``, and for ``V = 0`` half the square of ``D``'s norm has ``D`` as its
-    gradient with respect to ``Z``. Shapes: all (P, M).
-    """
-    if not relu:
-        return Z - Y
-    off = Z if V is None else Z - V
-    return torch.where(Y > 0, Z - Y, off.clamp(min=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,9 +236,11 @@ class LayerProgram:
 
     def objective(self, W: Tensor) -> float:
         """``Σ ω|w|`` of a budget program; ``λ Σ ω|w| + ½ · misfit`` of a penalised one."""
-        if self.regularization is None:
-            return self.norm(W)
-        return self.regularization * self.norm(W) + 0.5 * self.misfit(W)
+        return self.value(self.norm(W), 0.0 if self.regularization is None else self.misfit(W))
+
+    def value(self, norm: float, misfit: float) -> float:
+        """The objective from its parts, ``Σ ω|w|`` and the misfit (of which a budget program's has none)."""
+        return norm if self.regularization is None else self.regularization * norm + 0.5 * misfit
 
     def misfit(self, W: Tensor) -> float:
         """``F(W)``; for the paper's set its part on Ω, the rest being constraints."""

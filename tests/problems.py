@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nettrim import LayerProgram
-from nettrim.programs import ONE_SIDED_TOLERANCE
+from nettrim.residual import ONE_SIDED_TOLERANCE
 
 
 @dataclass(frozen=True)

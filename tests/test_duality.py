@@ -11,7 +11,7 @@ from problems import KINDS, STRUCTURES, random_layer, random_program, trained_pr
 from scipy.optimize import minimize_scalar
 
 from nettrim import LayerProgram, solve
-from nettrim.programs import residual
+from nettrim.residual import residual
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 

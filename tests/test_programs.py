@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from problems import KINDS, STRUCTURES, audit, random_layer, random_program, trained_program
 
 from nettrim import ArgumentError, LayerProgram, NetTrimError
-from nettrim.programs import ONE_SIDED_TOLERANCE, residual
+from nettrim.residual import ONE_SIDED_TOLERANCE, residual
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 

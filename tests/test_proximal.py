@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 
 from nettrim import proximal
-from nettrim.programs import residual
+from nettrim.residual import residual
 
 numbers = st.floats(-5, 5, allow_nan=False, width=32)
 

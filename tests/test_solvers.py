@@ -9,7 +9,7 @@ import torch
 from problems import KINDS, STRUCTURES, TRAINED_PROGRAMS, audit, kkt_residual, random_layer, random_program, trained_layer, trained_program
 
 from nettrim import ArgumentError, LayerProgram, Solution, UnsupportedProgramError, solve
-from nettrim.programs import ONE_SIDED_TOLERANCE
+from nettrim.residual import ONE_SIDED_TOLERANCE
 from nettrim.solvers import SOLVERS, STATUSES, admm
 
 SEEDS = range(4)  # of each of the 14 structures: 56 random programs of each kind

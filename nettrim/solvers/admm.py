@@ -16,8 +16,9 @@ import time
 import torch
 from torch import Tensor
 
-from nettrim.programs import LayerProgram, residual
+from nettrim.programs import LayerProgram
 from nettrim.proximal import shrink_to_ball, soft_threshold
+from nettrim.residual import residual
 from nettrim.solvers.base import Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
 

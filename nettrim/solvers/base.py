@@ -71,6 +71,19 @@ class Solver:
     default_max_iter: int
 
 
+@dataclass
+class Best:
+    """The best feasible point (None: no weights yet, or 0) and the best bound that a solver has met so far."""
+
+    W: Tensor | None
+    objective: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        return relative_gap(self.objective, self.bound)
+
+
 def relative_gap(objective: float, lower_bound: float) -> float:
     """``|objective − lower_bound| / objective``, 0 when both are 0.
 
@@ -116,9 +129,7 @@ def judge(
     """The solution that ``W`` (M, N) is, every figure recomputed in float64 by the program itself."""
     W = W.detach().to(program.device, program.dtype)
     measures = program.measure(W)
-    objective = program.norm(W)
-    if program.regularization is not None:
-        objective = program.regularization * objective + 0.5 * program.misfit_of(measures)
+    objective = program.value(program.norm(W), program.misfit_of(measures))
     feasible = program.feasible_by(measures)
     gap = relative_gap(objective, lower_bound) if feasible else math.inf
     if feasible:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nettrim.programs import LayerProgram, residual
+from nettrim.programs import LayerProgram
+from nettrim.residual import residual
 
 _CG_STEPS = 8
 _ROOT_STEPS = 30

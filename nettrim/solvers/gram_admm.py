@@ -27,7 +27,7 @@ from torch import Tensor
 from nettrim.programs import LayerProgram
 from nettrim.proximal import soft_threshold
 from nettrim.solvers import prox_admm
-from nettrim.solvers.base import Solution, judge, relative_gap
+from nettrim.solvers.base import Best, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
 from nettrim.solvers.gram import Gram, gather
 
@@ -59,19 +59,6 @@ class _State:
         """``S`` of a block of neurons."""
         omega = self.omega if self.omega.ndim == 1 else self.omega[rows]
         return soft_threshold(self.T[rows], self.level / self.sigma * omega)
-
-
-@dataclass
-class _Best:
-    """The best point that ``G`` and ``C`` call feasible (None: no weights, or 0) and the best bound."""
-
-    W: Tensor | None
-    objective: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        return relative_gap(self.objective, self.bound)
 
 
 def refuses(program: LayerProgram) -> str | None:
@@ -112,21 +99,20 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     )
 
 
-def _weights(program: LayerProgram, best: _Best) -> Tensor:
+def _weights(program: LayerProgram, best: Best) -> Tensor:
     return torch.zeros(program.shape, dtype=program.dtype, device=program.device) if best.W is None else best.W.to(program.dtype)
 
 
-def _start(program: LayerProgram, gram: Gram, initial: Tensor | None) -> _Best:
+def _start(program: LayerProgram, gram: Gram, initial: Tensor | None) -> Best:
     """0 and the given weights, where they are feasible."""
     misfit = float(gram.squares.sum())
-    best = _Best(None, math.inf, 0.0)
+    best = Best(None, math.inf, 0.0)
     if program.epsilon is None:
         best.objective = 0.5 * misfit
     elif misfit <= program.epsilon**2:
         best.objective = 0.0
     if initial is not None:
-        misfit, norm = gram.misfit(initial), program.norm(initial)
-        objective = norm if program.regularization is None else program.regularization * norm + 0.5 * misfit
+        objective = program.value(program.norm(initial), gram.misfit(initial))
         if objective < best.objective and program.is_feasible(initial):
             best.W, best.objective = initial, objective
     return best
@@ -150,7 +136,7 @@ def _first_state(program: LayerProgram, gram: Gram, dtype: torch.dtype, initial:
     return _State(gram.column.to(dtype), omega.to(dtype), gram.inverse(sigma, dtype), sigma, level, least, T)
 
 
-def _iterate(program: LayerProgram, gram: Gram, s: _State, best: _Best, tol: float, limit: int) -> int:
+def _iterate(program: LayerProgram, gram: Gram, s: _State, best: Best, tol: float, limit: int) -> int:
     """Up to ``limit`` iterations; stops early at the tolerance, once the rows have confirmed what ``G`` and ``C`` say of the best point."""
     margin, margins, stalled, smallest = rounding_margin(program, s.T.dtype), 0, 0, math.inf
     iteration = 0
@@ -242,7 +228,7 @@ def _refine(program: LayerProgram, gram: Gram, s: _State) -> None:
     s.inverse, s.T = gram.inverse(s.sigma, torch.float64), s.T.double()
 
 
-def _offer(program: LayerProgram, gram: Gram, s: _State, best: _Best, margin: float, hopeless: float) -> None:
+def _offer(program: LayerProgram, gram: Gram, s: _State, best: Best, margin: float, hopeless: float) -> None:
     """Keep the sparse iterate, brought inside its budget, if it is better than what is known.
 
     While the bound is further than ``hopeless`` below what the iterate costs even outside its budget, it is not looked at.
@@ -258,8 +244,6 @@ def _offer(program: LayerProgram, gram: Gram, s: _State, best: _Best, margin: fl
             return
         W = inside
     W = W.to(program.dtype)
-    objective = program.norm(W)
-    if program.regularization is not None:
-        objective = program.regularization * objective + 0.5 * gram.misfit(W)
+    objective = program.value(program.norm(W), 0.0 if program.regularization is None else gram.misfit(W))
     if objective < best.objective:
         best.W, best.objective = W, objective

@@ -21,13 +21,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nettrim.programs import ONE_SIDED_TOLERANCE, LayerProgram
-from nettrim.solvers.base import Solution, judge, relative_gap
+from nettrim.programs import LayerProgram
+from nettrim.residual import ONE_SIDED_TOLERANCE
+from nettrim.solvers.base import Best, Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
 from nettrim.solvers.splitting import State, change_support_weight, refine, scale_weights, start, step, watched_step
 
@@ -47,19 +47,6 @@ _APART = 4.0
 _HOPELESS = 8.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
-@dataclass
-class _Best:
-    """The best feasible point and the best bound so far."""
-
-    W: Tensor | None
-    objective: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        return math.inf if self.W is None else relative_gap(self.objective, self.bound)
-
-
 def refuses(program: LayerProgram) -> str | None:
     if program.streamed and program.one_sided:
         return "its one-sided constraints need the targets at hand, and the rows are streamed; give arrays (a numpy.memmap will do)"
@@ -69,7 +56,7 @@ def refuses(program: LayerProgram) -> str | None:
 def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None) -> Solution:
     """Solve any layer program; see the module's docstring for the method and :class:`Solution` for what comes back."""
     began = time.perf_counter()
-    best = _Best(None, math.inf, 0.0)
+    best = Best(None, math.inf, 0.0)
     for W in (torch.zeros(program.shape, dtype=torch.float64, device=program.device), initial):
         if W is not None:
             _offer(program, best, W)
@@ -102,20 +89,18 @@ def _precision(program: LayerProgram, tol: float) -> torch.dtype:
     return torch.float32 if program.dtype == torch.float32 and work >= _FLOAT32_WORK and tol >= 1e-6 else torch.float64
 
 
-def _offer(program: LayerProgram, best: _Best, W: Tensor) -> None:
+def _offer(program: LayerProgram, best: Best, W: Tensor) -> None:
     """Keep ``W`` if it is feasible, as it will be stored, and better than what is known."""
     W = W.detach().to(program.device, program.dtype)
     measures = program.measure(W)
     if not program.feasible_by(measures):
         return
-    objective = program.norm(W)
-    if program.regularization is not None:
-        objective = program.regularization * objective + 0.5 * program.misfit_of(measures)
+    objective = program.value(program.norm(W), program.misfit_of(measures))
     if abs(objective - best.bound) < abs(best.objective - best.bound):
         best.W, best.objective = W, objective
 
 
-def _iterate(program: LayerProgram, best: _Best, tol: float, limit: int, initial: Tensor | None) -> tuple[int, Tensor]:
+def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial: Tensor | None) -> tuple[int, Tensor]:
     """Run up to ``limit`` iterations, in float64 once single precision makes no more progress; stops early at the tolerance."""
     state = start(program, _precision(program, tol), initial, ONE_SIDED_SPLIT_WEIGHT if program.one_sided else SPLIT_WEIGHT, SUPPORT_WEIGHT)
     iteration, stalled, smallest = 0, 0, math.inf
@@ -156,7 +141,7 @@ def _balance_residuals(s: State, of_Z: float, of_S: float) -> None:
         change_support_weight(s, 1 / factor)
 
 
-def _check(program: LayerProgram, best: _Best, s: State, hopeless: float) -> Tensor:
+def _check(program: LayerProgram, best: Best, s: State, hopeless: float) -> Tensor:
     """Offer the bound of the multipliers and the sparse iterate, inside its budget; returns that iterate.
 
     While the bound is further than ``hopeless`` below what the sparse iterate costs even outside its budget, that one is not looked at.
@@ -174,12 +159,10 @@ def _check(program: LayerProgram, best: _Best, s: State, hopeless: float) -> Ten
     return W
 
 
-def _unmet_but_close(program: LayerProgram, best: _Best, W: Tensor, tol: float) -> bool:
+def _unmet_but_close(program: LayerProgram, best: Best, W: Tensor, tol: float) -> bool:
     """Whether hard inequalities are all that keeps ``W`` from its end: they want a larger β."""
     measures = program.measure(W)
-    objective = program.norm(W)
-    if program.regularization is not None:
-        objective = program.regularization * objective + 0.5 * program.misfit_of(measures)
+    objective = program.value(program.norm(W), program.misfit_of(measures))
     return relative_gap(objective, best.bound) < tol and program.one_sided_excess(measures) > ONE_SIDED_TOLERANCE
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nettrim.programs import LayerProgram, residual
+from nettrim.programs import LayerProgram
 from nettrim.proximal import soft_threshold
+from nettrim.residual import residual
 
 OVER_RELAXATION = 1.7
 FIRST_LEVEL = 0.005  # λ over the one from which 0 is optimal, a unit of ε/‖Y‖: where a budget's λ starts
