@@ -24,7 +24,7 @@ import nettrim
 from benchmarks.data import LOADERS, Dataset, load
 from benchmarks.figures import draw
 from benchmarks.networks import NETWORKS, RECIPES, Trained, accuracy, load_or_train
-from benchmarks.options import Choices, Numbers
+from benchmarks.options import Choices, Numbers, open_console
 from benchmarks.results import Results
 from benchmarks.tables import markdown_table, rich_table
 from nettrim.errors import NetTrimError
@@ -275,7 +275,7 @@ def main(
     what is run. Every run is written to the results file as soon as it is done, and is not repeated by the next call.
     Exits with 1 if a run failed or a certificate did not hold.
     """
-    console = Console()
+    console = open_console()
     if table is not None:
         click.echo(markdown_table(Results(table, "mnist")))
         return

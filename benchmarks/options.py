@@ -1,10 +1,13 @@
-"""Comma-separated lists as options of the benchmarks' commands."""
+"""What the benchmarks' commands share: comma-separated lists as options, and where their tables go."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import click
+from rich.console import Console
+
+_FILE_WIDTH = 160
 
 
 class Choices(click.ParamType):
@@ -45,3 +48,9 @@ class Numbers(click.ParamType):
         if not all(0 < number < math.inf for number in numbers):
             self.fail(f"{value!r}: every number must be positive.", param, ctx)
         return numbers
+
+
+def open_console() -> Console:
+    """Standard output: as wide as the terminal, and wide enough for every table where it is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)

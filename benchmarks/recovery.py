@@ -14,13 +14,12 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import nettrim
-from benchmarks.options import Numbers
+from benchmarks.options import Numbers, open_console
 from benchmarks.results import Results
 from nettrim.errors import NetTrimError
 
@@ -184,7 +183,7 @@ def main(
     """
     if max(sparsities) > inputs:
         raise click.UsageError(f"--sparsities: a neuron of {inputs} inputs cannot have {max(sparsities)} nonzeros.")
-    console = Console()
+    console = open_console()
     results = Results(out, "recovery")
     runs: dict[tuple[int, str], dict[str, Any]] = {}
     with Progress(console=console, transient=True) as progress:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from benchmarks.data import load
 from benchmarks.networks import RECIPES
-from benchmarks.options import Choices
+from benchmarks.options import Choices, open_console
 from benchmarks.results import Results
 from benchmarks.solver_agreement import agreement
 from benchmarks.solver_figures import draw
@@ -26,7 +25,6 @@ from benchmarks.solver_session import Session, Sizes, limited_threads
 from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "solvers.json"
-FILE_WIDTH = 160
 
 SECTIONS: dict[str, Callable[[Session], None]] = {
     "mnist-layer1": layer1,
@@ -96,7 +94,7 @@ def main(
     as such, and is no failure: only the full size on a quiet machine can tell.
     """
     # where nobody watches, lines are as long as the tables need
-    console = Console() if Console().is_terminal else Console(width=FILE_WIDTH)
+    console = open_console()
     sizes = TINY if data == "digits" else QUICK if quick else FULL
     failed = []
     with limited_threads(threads) as used:
