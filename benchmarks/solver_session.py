@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import torch
+from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -135,7 +136,9 @@ class Session:
 
     def table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> None:
         """Print a table: the first column text, the others numbers (None: a dash)."""
-        table = Table(title=title, caption=caption or None, header_style="bold")
+        # where nobody watches, what is printed can go into a page as it is
+        box = HEAVY_HEAD if self.console.is_terminal else MARKDOWN
+        table = Table(title=title, caption=caption or None, header_style="bold", box=box)
         for index, header in enumerate(headers):
             table.add_column(header, justify="right" if index else "left", overflow="fold")
         for row in rows:

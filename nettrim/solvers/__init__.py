@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.programs import LayerProgram
 from nettrim.rows import as_rows
-from nettrim.solvers import admm, cvxpy, gram_admm, osqp, prox_admm
+from nettrim.solvers import admm, blocks, cvxpy, gram_admm, osqp, prox_admm
 from nettrim.solvers.base import STATUSES, Solution, Solver, judge
 from nettrim.solvers.presolve import presolve
 
@@ -68,7 +69,14 @@ def _threads_for(program: LayerProgram) -> Iterator[None]:
 
 
 def solve(
-    program: LayerProgram, solver: str = "auto", *, tol: float = 1e-4, max_iter: int | None = None, initial: Tensor | np.ndarray | None = None
+    program: LayerProgram,
+    solver: str = "auto",
+    *,
+    tol: float = 1e-4,
+    max_iter: int | None = None,
+    initial: Tensor | np.ndarray | None = None,
+    neurons: int | None = None,
+    executor: Executor | None = None,
 ) -> Solution:
     """Solve a layer program.
 
@@ -86,6 +94,11 @@ def solve(
         Iteration limit; each solver has its own default.
     initial : Tensor or ndarray, (M, N), optional
         Where to start. A feasible start is also the answer of last resort.
+    neurons : int, optional
+        Solve for at most so many neurons at a time. What a solve holds beside the program is about four matrices of P × neurons; all neurons at
+        once are faster.
+    executor : concurrent.futures.Executor, optional
+        Where to solve blocks of ``neurons`` side by side. A program that is streamed cannot leave its process: give threads.
 
     Returns
     -------
@@ -94,7 +107,7 @@ def solve(
     Raises
     ------
     ArgumentError
-        Unknown solver, ``tol`` or ``max_iter`` out of range, ``initial`` of another shape or not finite.
+        Unknown solver, ``tol``, ``max_iter`` or ``neurons`` out of range, ``initial`` of another shape or not finite, an executor without blocks.
     UnsupportedProgramError
         The solver does not take this kind of program; the message names those that do.
     """
@@ -103,6 +116,10 @@ def solve(
         raise ArgumentError(f"tol={tol!r}; expected a finite number above 0")
     if max_iter is not None and max_iter < 1:
         raise ArgumentError(f"max_iter={max_iter}; expected at least 1")
+    if neurons is not None and neurons < 1:
+        raise ArgumentError(f"neurons={neurons}; expected at least 1")
+    if executor is not None and neurons is None:
+        raise ArgumentError("executor was given without neurons; expected how many of them it solves for at a time")
     start = None if initial is None else as_rows(initial, "initial", torch.empty(0, dtype=program.dtype, device=program.device))
     if start is not None and tuple(start.shape) != program.shape:
         raise ArgumentError(f"initial has shape {tuple(start.shape)}; expected (M, N) = {program.shape}")
@@ -112,6 +129,11 @@ def solve(
         raise UnsupportedProgramError(
             f"solver={chosen.name!r} does not take a {program.description}: {reason}. These do: {', '.join(able)}"
         )
+    if neurons is not None and neurons < program.shape[0]:
+        reason = blocks.refuses(program)
+        if reason is not None:
+            raise UnsupportedProgramError(f"neurons={neurons}: blocks of neurons don't do for a {program.description}: {reason}")
+        return blocks.run(program, solve, solver, float(tol), max_iter, start, neurons, executor)
     smaller = presolve(program)
     inside = None if start is None else smaller.restrict(start)
     with _threads_for(smaller.program):

@@ -60,11 +60,7 @@ def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, bet
     mean = float(G.diagonal()[live].mean()) if bool(live.any()) else 1.0
     column = torch.where(live, (G.diagonal() / mean).sqrt(), 1.0)
     omega = program.l1_weights.double()  # type: ignore[union-attr]
-    largest = float(torch.where(omega > 0, C.abs() / omega, 0.0).max()) or 1.0
-    level = program.regularization
-    if level is None:
-        assert program.epsilon is not None
-        level = FIRST_LEVEL * largest * max(program.epsilon / (program.target_norm or 1.0), 1e-12)
+    level = program.regularization or _first_level(program, C)
     W = torch.zeros(program.shape, dtype=dtype, device=program.device)
     if initial is not None:
         W = torch.where(live, initial.double() * column, 0.0).to(dtype)
@@ -90,6 +86,18 @@ def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, bet
         for rows, A, _, _ in program.row_chunks(dtype):
             state.Z[rows] = A @ state.weights.T
     return state
+
+
+def first_level(program: LayerProgram) -> float:
+    """Where the λ of a budget program starts."""
+    return _first_level(program, _gram(program)[1])
+
+
+def _first_level(program: LayerProgram, C: Tensor) -> float:
+    assert program.epsilon is not None
+    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    largest = float(torch.where(omega > 0, C.abs() / omega, 0.0).max()) or 1.0
+    return FIRST_LEVEL * largest * max(program.epsilon / (program.target_norm or 1.0), 1e-12)
 
 
 def refine(program: LayerProgram, s: State) -> None:
