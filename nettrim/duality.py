@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from nettrim.programs import LayerProgram
 
 _FIXED_POINT_STEPS = 60
-_ORTHOGONAL = 1e-8  # a cosine below it is rounding
+_ORTHOGONAL = 1e-11  # a cosine below it is rounding
+# Products of float64 vectors are known to this share of the product of their norms. What is proven is proven with every such error at its worst:
+# else a dual point that is nothing but rounding would be scaled until it proved something.
+_ROUNDING = 2e-14
+_LARGE = 1e6
 
 
 def best_bound(program: LayerProgram, theta: Tensor) -> float:
@@ -25,22 +29,27 @@ def best_bound(program: LayerProgram, theta: Tensor) -> float:
     M, N = program.shape
     correlation = torch.zeros((M, N), dtype=torch.float64, device=theta.device)
     linear = torch.zeros(M, dtype=torch.float64, device=theta.device)
-    square, size = torch.zeros_like(linear), torch.zeros_like(linear)
+    square, size, targets_size = torch.zeros_like(linear), torch.zeros_like(linear), torch.zeros_like(linear)
     columns_size = torch.zeros(N, dtype=torch.float64, device=theta.device)
     for rows, A, Y, V in program.row_chunks():
         t = _feasible_sign(program, theta[rows].double(), Y)
+        size += t.square().sum(0)  # of what was given: the rounding of what is left after the correction is of that size
         if correction is not None:
             columns, shift = correction
             t = torch.where(_support(program, Y), t - A[:, columns] @ shift, t)
         correlation += t.T @ A
         linear -= (t * Y).sum(0)
+        targets_size += Y.square().sum(0)
         if V is not None:
             linear -= torch.where(Y > 0, 0.0, t * V).sum(0)
+            targets_size += torch.where(Y > 0, 0.0, V).square().sum(0)
         square += (torch.where(Y > 0, t, 0.0) if program.one_sided else t).square().sum(0)
-        size += t.square().sum(0)
         columns_size += A.square().sum(0)
     limit = omega if program.regularization is None else program.regularization * omega
-    scale = _largest_scale(correlation.abs(), limit.expand(M, N), torch.outer(size, columns_size).sqrt())
+    linear -= _ROUNDING * (size * targets_size).sqrt()
+    square += _ROUNDING * size
+    reach = torch.outer(size, columns_size).sqrt()
+    scale = _largest_scale(correlation.abs(), limit.expand(M, N), _ROUNDING * reach, _ORTHOGONAL * reach)
     return total_bound(program, linear, square, scale)
 
 
@@ -57,6 +66,7 @@ def gram_terms(program: LayerProgram, rows: slice, G: Tensor, C: Tensor, squares
         omega = omega[rows]
     free = _free_columns(omega)
     correlation = B @ G - C
+    reach = squares + (B * (correlation + C)).sum(1).clamp(min=0)  # ‖y‖² + ‖A b‖²: what θ is the difference of
     if free.numel():
         wanted = _is_free(omega, free)
         if bool(wanted.all()):
@@ -67,12 +77,14 @@ def gram_terms(program: LayerProgram, rows: slice, G: Tensor, C: Tensor, squares
         B = B.clone()
         B[:, free] -= shift
         correlation -= shift @ G[free]
-    inner = (B * C).sum(1)
-    linear = squares - inner
-    square = (linear + (B * correlation).sum(1)).clamp(min=0)
+        reach = torch.maximum(reach, squares + (B * (correlation + C)).sum(1).abs())
+    linear = squares - (B * C).sum(1)
+    square = (linear + (B * correlation).sum(1)).clamp(min=0) + _ROUNDING * reach
+    linear -= _ROUNDING * reach
     limit = omega if program.regularization is None else program.regularization * omega
-    scale = _largest_scale(correlation.abs(), limit.expand_as(correlation), torch.outer(square, G.diagonal()).sqrt())
-    return linear, square, scale
+    rounding = _ROUNDING * torch.outer(reach, G.diagonal()).sqrt()
+    orthogonal = rounding + _ORTHOGONAL * torch.outer(square, G.diagonal()).sqrt()
+    return linear, square, _largest_scale(correlation.abs(), limit.expand_as(correlation), rounding, orthogonal)
 
 
 def total_bound(program: LayerProgram, linear: Tensor, square: Tensor, scale: Tensor) -> float:
@@ -101,16 +113,15 @@ def _is_free(omega: Tensor, columns: Tensor) -> Tensor:
     return torch.atleast_2d(omega[..., columns] == 0).double()
 
 
-def _largest_scale(correlation: Tensor, limit: Tensor, reach: Tensor) -> Tensor:
-    """Per neuron the largest ``s`` with ``s |Aᵀθ| ≤ limit``; ``reach = ‖a‖‖θ‖``.
+def _largest_scale(correlation: Tensor, limit: Tensor, rounding: Tensor, orthogonal: Tensor) -> Tensor:
+    """Per neuron the largest ``s`` with ``s |Aᵀθ| ≤ limit``, infinite where nothing limits it; correlations are known to their ``rounding``.
 
-    Columns without a penalty were dealt with by the projection. Where it could not make them orthogonal to ``θ`` (no row in Ω to correct), only
+    Columns without a penalty were dealt with by the projection. Where it could not make them ``orthogonal`` to ``θ`` (no row in Ω to correct), only
     ``s = 0`` is left.
     """
-    orthogonal = torch.where(correlation <= _ORTHOGONAL * reach, torch.inf, 0.0)
-    ratio = torch.where(limit > 0, limit / correlation.clamp(min=torch.finfo(torch.float64).tiny), orthogonal)
-    scale = ratio.amin(1)
-    return torch.where(torch.isfinite(scale), scale, 0.0)
+    free = torch.where(correlation <= orthogonal, torch.inf, 0.0)
+    worst = (correlation + rounding).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(limit > 0, limit / worst, free).amin(1)
 
 
 def _unpenalised_correction(program: LayerProgram, theta: Tensor, omega: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -147,6 +158,9 @@ def _budget(linear: Tensor, square: Tensor, scale: Tensor, epsilon: float) -> fl
     Its stationarity reads ``s_m = clip(τ linear_m / (ε square_m), 0, s̄_m)`` with ``τ² = Σ s_m² square_m``: a fixed point in one number. Every
     iterate is a valid point, so the best value met is returned; the common factor for all neurons is tried too.
     """
+    finite = scale[torch.isfinite(scale)]
+    scale = scale.clamp(max=_LARGE * (float(finite.max()) if finite.numel() else 1.0))
+
     def value(s: Tensor) -> float:
         return float((s * linear).sum() - epsilon * (s.square() * square).sum().sqrt())
 

@@ -42,6 +42,8 @@ from nettrim.errors import ArgumentError
 from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
 
+_SMALLEST, _LARGEST = 1e-150, 1e150
+
 
 @dataclass(frozen=True, eq=False)
 class LayerProgram:
@@ -119,6 +121,8 @@ class LayerProgram:
             value = float(value)
             if not math.isfinite(value) or (value < 0 if smallest == 0.0 else value <= 0):
                 raise ArgumentError(f"{name}={value}; expected a finite number {'at least' if smallest == 0.0 else 'above'} 0")
+            if value != 0 and not _SMALLEST <= value <= _LARGEST:
+                raise ArgumentError(f"{name}={value}; expected one whose square float64 holds, from {_SMALLEST:g} to {_LARGEST:g}: scale the data")
             object.__setattr__(self, name, value)
 
     def _expand_l1_weights(self) -> Tensor:

@@ -130,6 +130,8 @@ class Rows:
                 Y = self.targets[start : start + len(A)]
             else:
                 Y = as_rows(next(targets, A[:0]), "targets")
+                if Y.ndim != 2:
+                    raise ArgumentError(f"a chunk of the stream of targets has shape {tuple(Y.shape)}; expected (rows, M)")
             yield A, Y.to(A.device)
             start += len(A)
 

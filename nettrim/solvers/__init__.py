@@ -114,10 +114,9 @@ def solve(
     chosen = _choose(solver, program)
     if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol > 0):
         raise ArgumentError(f"tol={tol!r}; expected a finite number above 0")
-    if max_iter is not None and max_iter < 1:
-        raise ArgumentError(f"max_iter={max_iter}; expected at least 1")
-    if neurons is not None and neurons < 1:
-        raise ArgumentError(f"neurons={neurons}; expected at least 1")
+    for what, count in (("max_iter", max_iter), ("neurons", neurons)):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ArgumentError(f"{what}={count!r}; expected a whole number, at least 1")
     if executor is not None and neurons is None:
         raise ArgumentError("executor was given without neurons; expected how many of them it solves for at a time")
     start = None if initial is None else as_rows(initial, "initial", torch.empty(0, dtype=program.dtype, device=program.device))

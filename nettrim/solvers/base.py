@@ -25,8 +25,8 @@ class Solution:
         In the program's dtype and on its device.
     status : {"optimal", "feasible", "infeasible", "iteration_limit"}
         ``optimal``: feasible, and the gap is proven to be at most ``tol``. ``feasible``: the constraints hold, the gap is larger.
-        ``infeasible``: no weights satisfy the constraints (``least_distance`` says how near they come). ``iteration_limit``: stopped before
-        a feasible point was found.
+        ``infeasible``: no weights satisfy the constraints, or only ones a thousand times as large as those that come nearest
+        (``least_distance`` says how near). ``iteration_limit``: stopped before a feasible point was found.
     objective : float
         ``Σ ω|w|`` (budget) or ``λ Σ ω|w| + ½ misfit`` (penalised).
     lower_bound : float
@@ -41,7 +41,7 @@ class Solution:
     seconds : float
     solver : str
     least_distance : float or None
-        For an infeasible program, the smallest ``‖D‖_F`` there is: a budget ``epsilon`` above it is feasible.
+        For an infeasible program, the ``‖D‖_F`` of the weights that come nearest, to 0.1 %: a budget ``epsilon`` above it is feasible.
     """
 
     weights: Tensor

@@ -59,7 +59,7 @@ def restore_budget(program: LayerProgram, G: Tensor, W: Tensor) -> Tensor | None
     assert program.epsilon is not None
     margin = rounding_margin(program, W.dtype)
     budget = program.epsilon * (1 - margin)
-    if budget == 0:
+    if budget**2 == 0:
         return None
     mask = W != 0
     Z = torch.empty((program.rows, program.shape[0]), dtype=W.dtype, device=W.device)

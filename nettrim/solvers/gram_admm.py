@@ -30,6 +30,7 @@ from nettrim.solvers import prox_admm
 from nettrim.solvers.base import Best, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
 from nettrim.solvers.gram import Gram, gather
+from nettrim.solvers.splitting import SUPPORT_RANGE
 
 NAME = "gram_admm"
 OVER_RELAXATION = 1.7
@@ -75,28 +76,18 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     best, iterations = _start(program, gram, initial), 0
     if best.objective > 0:
         state = _first_state(program, gram, _precision(program, tol), initial)
-        if program.epsilon is None or program.epsilon**2 >= state.least * (1 - 1e-6):
-            iterations = _iterate(program, gram, state, best, tol, max_iter)
+        if program.epsilon is not None and program.epsilon**2 < state.least * (1 + 1e-6):  # which a singular G may have overstated
+            return prox_admm.run(program, tol, max_iter, initial)
+        iterations = _iterate(program, gram, state, best, tol, max_iter)
         del state
     if program.epsilon is None and gram.misfit(_weights(program, best)) < unresolved:
         return prox_admm.run(program, tol, max_iter, initial)
     del gram
     answer = _weights(program, best)
-    if math.isfinite(best.objective) and not program.is_feasible(answer):
+    if not math.isfinite(best.objective) or not program.is_feasible(answer):
         # G and C are rounded too, and no margin tried was wide enough for what they hold of the budget to hold on the rows
         return prox_admm.run(program, tol, max_iter, initial)
-    least = None if math.isfinite(best.objective) else prox_admm.least_distance(program, run, max_iter)
-    return judge(
-        program,
-        answer,
-        best.bound,
-        tol=tol,
-        iterations=iterations,
-        seconds=time.perf_counter() - began,
-        solver=NAME,
-        infeasible=least is not None,
-        least_distance=least,
-    )
+    return judge(program, answer, best.bound, tol=tol, iterations=iterations, seconds=time.perf_counter() - began, solver=NAME)
 
 
 def _weights(program: LayerProgram, best: Best) -> Tensor:
@@ -204,11 +195,13 @@ def _dense(gram: Gram, s: _State) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _change_sigma(gram: Gram, s: _State, factor: float) -> None:
-    """Multiply σ; the multipliers ``σE`` stay what they are."""
+    """Multiply σ, within a range of G's mean diagonal; the multipliers ``σE`` stay what they are."""
+    wanted = min(max(s.sigma * factor, gram.mean / SUPPORT_RANGE), gram.mean * SUPPORT_RANGE)
+    factor = wanted / s.sigma
     for rows in gram.blocks():
         S = s.sparse(rows)
         s.T[rows] = S + (s.T[rows] - S) / factor
-    s.sigma *= factor
+    s.sigma = wanted
     s.inverse = gram.inverse(s.sigma, s.T.dtype)
 
 

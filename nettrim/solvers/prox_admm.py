@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,13 +37,13 @@ SPLIT_WEIGHT = 0.1  # β over the misfit's curvature
 ONE_SIDED_SPLIT_WEIGHT = 0.5  # for the paper's set: hard inequalities want a large β, the bound a small one
 _BALANCE = 1.5
 SUPPORT_WEIGHT = 1.0  # r over the mean diagonal of AᵀA
-_CHECK_EVERY = 20
+_BALANCE_EVERY = 20
 _SETTLED_FOR = 10
 _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float64 costs nothing
-_STALLED_CHECKS = 12
+_STALLED_CHECKS = 24
 _BALANCE_FROM = 200  # what is not solved by then has its residuals balanced
 _APART = 4.0
-_HOPELESS = 8.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
+_HOPELESS = 2.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
 def refuses(program: LayerProgram) -> str | None:
@@ -79,7 +78,7 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
         return finish(0)
     iterations, last = _iterate(program, best, tol, max_iter, initial)
     if best.W is None and program.epsilon is not None:
-        least = least_distance(program, run, max_iter)
+        least = least_distance(program, max_iter)
         return finish(iterations, infeasible=least is not None, least_distance=least, last=last)
     return finish(iterations, last=last)
 
@@ -107,13 +106,13 @@ def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial:
     while iteration < limit:
         iteration += 1
         ratios = None
-        if iteration >= _BALANCE_FROM and iteration % _CHECK_EVERY == 0:
+        if iteration >= _BALANCE_FROM and iteration % _BALANCE_EVERY == 0:
             ratios = watched_step(program, state)
         else:
             step(program, state)
         if state.settled >= _SETTLED_FOR or iteration == _BALANCE_FROM:
             state.projecting = program.epsilon is not None
-        if iteration % _CHECK_EVERY and iteration != limit:
+        if iteration % (20 if iteration < 40 else 10) and iteration != limit:
             continue
         W = _check(program, best, state, math.inf if iteration == limit else _HOPELESS * tol)
         if best.gap <= tol:
@@ -166,16 +165,15 @@ def _unmet_but_close(program: LayerProgram, best: Best, W: Tensor, tol: float) -
     return relative_gap(objective, best.bound) < tol and program.one_sided_excess(measures) > ONE_SIDED_TOLERANCE
 
 
-def least_distance(program: LayerProgram, solver: Callable[[LayerProgram, float, int, Tensor | None], Solution], max_iter: int) -> float | None:
-    """The smallest ``‖D‖_F`` there is, if it is proven to lie above the budget; None where there may be feasible weights.
+def least_distance(program: LayerProgram, max_iter: int) -> float | None:
+    """The distance of the nearest point found, if weights within the budget would have to be a thousand times as large; None where there may be some.
 
-    For ``λ → 0`` a penalised program's bound ``b ≤ λ‖W‖ + ½ misfit`` says that no weights with ``‖W‖ ≤ (b − ½ε²)/λ`` keep the budget. That proves
-    enough when it excludes weights far larger than those of the nearest point.
+    For ``λ → 0`` a penalised program's bound ``b ≤ λ‖W‖ + ½ misfit`` says that no weights with ``‖W‖ ≤ (b − ½ε²)/λ`` keep the budget. That is
+    taken for infeasible when it is proven of weights far larger than those of the nearest point, and that point is proven to be the nearest.
     """
     assert program.epsilon is not None
-    omega = program.l1_weights.double()  # type: ignore[union-attr]
     slope = program.gradient(torch.zeros(program.shape, dtype=torch.float64, device=program.device)).abs()
-    steepest = float(torch.where(omega > 0, slope / omega, 0.0).max())  # λ from which 0 is optimal, or twice it
+    steepest = float(slope.max()) / max(float(program.l1_weights.double().max()), 1e-300)  # type: ignore[union-attr]
     tiny = LayerProgram(
         program.inputs,
         program.targets,
@@ -185,9 +183,11 @@ def least_distance(program: LayerProgram, solver: Callable[[LayerProgram, float,
         upper=program.upper,
         l1_weights=program.l1_weights,
     )
-    solution = solver(tiny, 1e-3, min(max_iter, 1000), None)
+    solution = run(tiny, 1e-3, min(max_iter, 1000), None)
     assert tiny.regularization is not None
     excluded = (solution.lower_bound - 0.5 * program.epsilon**2 * (1 + 1e-3)) / tiny.regularization
-    if not math.isfinite(solution.gap) or excluded <= _EXCLUDED * tiny.norm(solution.weights):
+    norm = tiny.norm(solution.weights)
+    distance = tiny.measure(solution.weights).distance
+    if solution.status != "optimal" or distance <= program.epsilon or excluded <= _EXCLUDED * norm or (norm == 0 and steepest > 0):
         return None
-    return tiny.measure(solution.weights).distance
+    return distance

@@ -22,6 +22,7 @@ FIRST_LEVEL = 0.005  # λ over the one from which 0 is optimal, a unit of ε/‖
 _LEVEL_STEP = 2.0  # by which λ may change in an iteration
 _LEVEL_RANGE = 100.0  # and in all
 _SETTLED = 0.05
+SUPPORT_RANGE = 1e6
 
 
 @dataclass
@@ -206,8 +207,14 @@ def scale_weights(s: State, factor: float) -> None:
 
 
 def change_support_weight(s: State, factor: float) -> None:
-    """Multiply r alone, at the price of one factorisation; the multipliers ``βrE`` stay what they are."""
-    s.r *= factor
+    """Multiply r alone, at the price of one factorisation; the multipliers ``βrE`` stay what they are.
+
+    ``r`` keeps within a range of the mean diagonal of AᵀA: below it a singular Gram matrix has no factor.
+    """
+    mean = float(s.G.diagonal()[s.G.diagonal() > 0].mean()) if bool((s.G.diagonal() > 0).any()) else 1.0
+    wanted = min(max(s.r * factor, mean / SUPPORT_RANGE), mean * SUPPORT_RANGE)
+    factor = wanted / s.r
+    s.r = wanted
     s.E /= factor
     s.inverse = _inverse(s.G, s.column.double(), s.r).to(s.W.dtype)
 
