@@ -84,7 +84,7 @@ def test_what_blocks_refuse():
     with pytest.raises(UnsupportedProgramError, match="neurons=1: blocks of neurons don't do for a budget program on the paper set"):
         solve(program, neurons=1)
     for neurons in (0, -2):
-        with pytest.raises(ArgumentError, match=rf"neurons={neurons}; expected at least 1"):
+        with pytest.raises(ArgumentError, match=rf"neurons={neurons}; expected a whole number, at least 1"):
             solve(program, neurons=neurons)
     with pytest.raises(ArgumentError, match="executor was given without neurons"), threads() as executor:
         solve(program, executor=executor)

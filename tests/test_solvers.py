@@ -356,8 +356,8 @@ def test_argument_errors_of_solve():
     for tol in (0, -1e-3, math.nan, math.inf, "small"):
         with pytest.raises(ArgumentError, match=r"tol=.*expected a finite number above 0"):
             solve(program, tol=tol)
-    for max_iter in (0, -5):
-        with pytest.raises(ArgumentError, match=rf"max_iter={max_iter}; expected at least 1"):
+    for max_iter in (0, -5, 2.5, True):
+        with pytest.raises(ArgumentError, match=rf"max_iter={max_iter}; expected a whole number, at least 1"):
             solve(program, max_iter=max_iter)
     M, N = program.shape
     with pytest.raises(ArgumentError, match=rf"initial has shape \({N}, {M}\); expected \(M, N\) = \({M}, {N}\)"):

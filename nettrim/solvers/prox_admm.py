@@ -32,7 +32,7 @@ from nettrim.solvers.splitting import State, change_support_weight, refine, scal
 
 NAME = "prox_admm"
 _TINY_PENALTY = 1e-9  # over the one from which 0 is optimal
-_EXCLUDED = 1e3  # times the norm of the nearest point: no feasible weights below it
+_EXCLUDED = 1e3  # no feasible weights below so many times the norm of the nearest point, or of any that matter
 SPLIT_WEIGHT = 0.1  # β over the misfit's curvature
 ONE_SIDED_SPLIT_WEIGHT = 0.5  # for the paper's set: hard inequalities want a large β, the bound a small one
 _BALANCE = 1.5
@@ -186,8 +186,14 @@ def least_distance(program: LayerProgram, max_iter: int) -> float | None:
     solution = run(tiny, 1e-3, min(max_iter, 1000), None)
     assert tiny.regularization is not None
     excluded = (solution.lower_bound - 0.5 * program.epsilon**2 * (1 + 1e-3)) / tiny.regularization
-    norm = tiny.norm(solution.weights)
+    large = _EXCLUDED * max(tiny.norm(solution.weights), _reach(program))
     distance = tiny.measure(solution.weights).distance
-    if solution.status != "optimal" or distance <= program.epsilon or excluded <= _EXCLUDED * norm or (norm == 0 and steepest > 0):
-        return None
-    return distance
+    return distance if solution.status == "optimal" and distance > program.epsilon and excluded > large else None
+
+
+def _reach(program: LayerProgram) -> float:
+    """The ℓ1 norm of weights on the largest column alone that give outputs as large as the targets: the size of weights that matter."""
+    squares = torch.zeros(program.shape[1], dtype=torch.float64, device=program.device)
+    for _, A, _, _ in program.row_chunks():
+        squares += A.square().sum(0)
+    return program.target_norm * float(program.l1_weights.double().max()) / math.sqrt(max(float(squares.max()), 1e-300))  # type: ignore[union-attr]
