@@ -27,11 +27,17 @@ class _Stop(BaseException):
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode, without gradients, and leave it as it was.
 
-    Every submodule's own training flag is put back on exit, also after an exception. The flags are set directly:
+    Every submodule's own training flag is put back on exit, also after an exception, and so are buffers that the forward pass changes
+    (counters, caches). The flags are set directly:
     `model.eval()` may be overridden and change more than flags. The fused kernels of nn.TransformerEncoder and
     nn.MultiheadAttention are off meanwhile: they bypass the forward of the layers that they hold.
     """
     flags = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -43,6 +49,10 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, training in flags:
             module.training = training
+        for module, name, buffer, before in buffers:
+            with torch.no_grad():
+                buffer.copy_(before)
+            setattr(module, name, buffer)
 
 
 def rows(

@@ -7,8 +7,8 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
-from nettrim import capture, layers, selection
+from nettrim import capture, dispatch, layers, selection
 from nettrim.budgets import Budget, Layer, make_budget
 from nettrim.certificate import Promise, certify, make_promise, network_bound
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
@@ -24,7 +24,7 @@ from nettrim.options import Options, check_device
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
 from nettrim.selection import Pattern
-from nettrim.solvers import Solution, solve
+from nettrim.solvers import Solution
 from nettrim.storing import Stored, store
 from nettrim.tracing import TracedLayer, trace
 
@@ -47,6 +47,7 @@ class PruneResult:
     report: Report
 
 
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -149,6 +150,8 @@ def prune(
     )
     options.check()
     check_device(device)
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ArgumentError("the model was made under torch.inference_mode(), where torch neither copies nor changes tensors; make it outside")
     if forward_fn is not None and not callable(forward_fn):
         raise ArgumentError(f"forward_fn={forward_fn!r}; expected a callable(model, batch)")
     if executor is not None and not hasattr(executor, "submit"):
@@ -199,8 +202,8 @@ def prune(
         promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, budget.promise, budget.inflation)
         return stored.solution.status
 
-    with Progress(progress, len(chosen)) as report_progress, contextlib.closing(_solutions(chosen, prepare, options, executor)) as solutions:
-        for seen, budget, solution in solutions:
+    with Progress(progress, len(chosen)) as report_progress, contextlib.closing(dispatch.solutions(chosen, prepare, options, executor)) as solved:
+        for seen, budget, solution in solved:
             report_progress(seen.name, finish(seen, budget, solution))
     why_not = "with max_rows the promises cover the rows that were drawn" if dropped_rows else traced.not_chain_reason
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, mode)
@@ -276,51 +279,6 @@ def _some_rows(layer: Layer, count: int, seed: int) -> Layer:
     drawn = torch.randperm(layer.inputs.shape[0], generator=torch.Generator().manual_seed(seed))[:count]
     index = drawn.sort().values.to(layer.inputs.device)
     return dataclasses.replace(layer, inputs=layer.inputs[index], targets=layer.targets[index])
-
-
-def _solutions(
-    chosen: list[TracedLayer],
-    prepare: Callable[[TracedLayer], tuple[Layer, Budget]],
-    options: Options,
-    executor: Executor | None,
-) -> Generator[tuple[Layer, Budget, Solution], None, None]:
-    """Each layer with its solution, in execution order; one at a time, or all through the executor."""
-    if executor is None:
-        for layer in chosen:
-            seen, budget = prepare(layer)
-            yield seen, budget, _solve(budget, seen.dense, options.solver, options.tol, options.max_iter)
-        return
-    waiting: list[tuple[Layer, Budget, Future[Solution]]] = []
-    try:
-        for layer in chosen:
-            seen, budget = prepare(layer)
-            with _blaming_executor(seen):
-                future = executor.submit(_solve, budget, seen.dense, options.solver, options.tol, options.max_iter)
-            waiting.append((seen, budget, future))
-        for seen, budget, future in waiting:
-            with _blaming_executor(seen):
-                solution = future.result()
-            yield seen, budget, solution
-    finally:
-        for _, _, future in waiting:
-            future.cancel()
-
-
-@contextlib.contextmanager
-def _blaming_executor(layer: Layer) -> Iterator[None]:
-    try:
-        yield
-    except NetTrimError:
-        raise
-    except Exception as error:
-        raise NetTrimError(
-            f"the executor failed on layer {layer.name!r} ({type(error).__name__}: {error}); it must accept work, and its workers need nettrim, "
-            f"torch and memory for {layer.inputs.shape[0]} rows"
-        ) from error
-
-
-def _solve(budget: Budget, dense: Tensor, solver: str, tol: float, max_iter: int | None) -> Solution:
-    return solve(budget.program, solver, tol=tol, max_iter=max_iter, initial=dense)
 
 
 def _failure(name: str, stored: Stored) -> NetTrimError:

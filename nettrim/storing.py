@@ -14,6 +14,7 @@ from nettrim.budgets import Budget, Layer
 from nettrim.certificate import stored_discrepancy
 from nettrim.errors import ArgumentError
 from nettrim.solvers import Solution, solve
+from nettrim.solvers.base import relative_gap
 
 # How much of the budget each attempt leaves to rounding, in roundoffs of ‖Y‖, besides what the last one measured: the nearest stored weights
 # may stay the same ones while the budget shrinks by less than that.
@@ -27,7 +28,8 @@ class Stored:
     Attributes
     ----------
     solution : Solution
-        The one that was stored, or the one that could not be; its bound is that of the budget promised.
+        The one that was stored, or the one that could not be. Of a stored one, objective and gap are those of the weights as stored, the bound is
+        that of the budget promised, and iterations and seconds are those of all attempts.
     discrepancy : float
         Measured by running the stored layer; infinite if nothing was stored.
     failure : str or None
@@ -59,7 +61,7 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
             return Stored(_unstored(solution), math.inf, str(error))
         discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
         if discrepancy <= budget.promise:
-            return Stored(_as_promised(solution, lower_bound, tol), discrepancy, None)
+            return Stored(_as_stored(solution, layers.as_matrix(module), budget, lower_bound, tol), discrepancy, None)
         layers.write_back(module, before)
         epsilon = program.epsilon or 0.0
         left = epsilon**2 - 1.2 * (discrepancy**2 - min(solution.discrepancy, budget.promise) ** 2) - 1e-9 * epsilon**2
@@ -67,7 +69,10 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
             break
         lowered = promised - margin * roundoff
         program = dataclasses.replace(program, epsilon=min(math.sqrt(left), lowered) if lowered > 0 else math.sqrt(left))
-        solution = solve(program, solver, tol=tol, max_iter=max_iter, initial=layer.dense)
+        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=layer.dense)
+        solution = dataclasses.replace(
+            again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds
+        )
         if solution.status not in ("optimal", "feasible"):
             break
     dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
@@ -84,12 +89,12 @@ def _unstored(solution: Solution) -> Solution:
     return dataclasses.replace(solution, status="iteration_limit")
 
 
-def _as_promised(solution: Solution, lower_bound: float, tol: float) -> Solution:
-    """The solution judged against the bound of the budget promised, not of the tighter one that left room for rounding."""
-    if solution.lower_bound == lower_bound or solution.objective <= 0:
-        return solution
-    gap = abs(solution.objective - lower_bound) / solution.objective
-    return dataclasses.replace(solution, lower_bound=lower_bound, gap=gap, status="optimal" if gap <= tol else "feasible")
+def _as_stored(solution: Solution, matrix: torch.Tensor, budget: Budget, lower_bound: float, tol: float) -> Solution:
+    """The solution as the parameter's dtype holds it, judged against the bound of the budget promised, not of one that left room for rounding."""
+    objective = budget.program.norm(matrix.to(solution.weights))
+    gap = relative_gap(objective, lower_bound)
+    status = "optimal" if gap <= tol else "feasible"
+    return dataclasses.replace(solution, objective=objective, lower_bound=lower_bound, gap=gap, status=status)
 
 
 def _explain(solution: Solution, budget: Budget) -> str:

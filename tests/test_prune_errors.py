@@ -182,7 +182,7 @@ def test_nan_in_samples_kept_out_is_found_before_anything_is_solved(monkeypatch:
     bad = INPUTS.clone()
     kept_out = nettrim.calibration.holdout_indices([INPUTS], 0.1, 0)
     bad[kept_out[0], 0] = 100.0
-    monkeypatch.setattr(stages, "solve", lambda *args, **kwargs: pytest.fail("solved something"))
+    monkeypatch.setattr(stages.dispatch, "solve", lambda *args, **kwargs: pytest.fail("solved something"))
     with pytest.raises(CalibrationError, match="network's output holds 3 NaN"):
         prune(Poisoned(math.nan), bad, epsilon=0.1)
 
@@ -233,7 +233,7 @@ def failing(function: Callable[..., Any], call: int, error: BaseException) -> Ca
 
 STAGES = (
     [("trace", 1), ("_copy", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
-    + [(stage, call) for stage in ("store", "_solve", "make_budget", "_layer_report") for call in (1, 2)]
+    + [(stage, call) for stage in ("store", "dispatch._solve", "make_budget", "_layer_report") for call in (1, 2)]
     + [("capture.rows", call) for call in (1, 2, 3, 4)]
     + [("capture.outputs", call) for call in (1, 2, 3, 4)]
     + [("layers.write_back", call) for call in (1, 2, 3, 4)]
