@@ -14,7 +14,7 @@ FLOOR = 1e-8  # where a gap of 0 is drawn
 
 
 def gap_against_time(runs: list[Run], path: Path) -> None:
-    """Plot proven gap and distance from the best bound over the seconds of a solve, a line for each set.
+    """Plot proven gap and distance from the best bound over the seconds of a solve.
 
     Parameters
     ----------
@@ -27,17 +27,13 @@ def gap_against_time(runs: list[Run], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for name, color in (("relaxed", "tab:blue"), ("paper", "tab:orange")):
-        history = [run for run in runs if run["settings"].get("set") == name]
-        if not history:
-            continue
-        bound = max(run["lower_bound"] for run in history)
-        above = [{**run, "above": run["objective"] / bound - 1} for run in history if run["feasible"] and bound > 0]
-        lines = ((history, "gap", "o-", "proven gap"), (above, "above", "x:", "above the best bound"))
-        for members, key, style, label in lines:
-            points = [(run["seconds"], max(run[key], FLOOR)) for run in members if run[key] is not None]
-            if points:
-                axis.plot(*_columns(points), style, color=color, markersize=4, label=f"{name} set, {label}")
+    history = [run for run in runs if "cap" in run["settings"]]
+    bound = max(run["lower_bound"] for run in history)
+    above = [{**run, "above": run["objective"] / bound - 1} for run in history if run["feasible"] and bound > 0]
+    for members, key, style, label in ((history, "gap", "o-", "proven gap"), (above, "above", "x:", "above the best bound")):
+        points = [(run["seconds"], max(run[key], FLOOR)) for run in members if run[key] is not None]
+        if points:
+            axis.plot(*_columns(points), style, color="tab:blue", markersize=4, label=f"relaxed set, {label}")
     peers = [run for run in runs if "authors'" in run["settings"]["case"]]
     for run, style in zip(peers, itertools.cycle(("--", "-.", ":")), strict=False):
         label = f"{run['settings']['case']}: no bound"

@@ -47,7 +47,8 @@ def layer1(session: Session) -> None:
     theirs = next(iter(found.values()))
     solutions: dict[tuple[str, float], nettrim.Solution] = {}
     for name, program in programs.items():
-        for tol in session.sizes.tolerances:
+        # the papers' set is not what the default is measured by: one solve says what it costs
+        for tol in session.sizes.tolerances if name == "relaxed" else session.sizes.tolerances[:1]:
             with session.doing(f"{LAYER}: {name} set, tolerance {tol:g}"):
                 solutions[name, tol] = nettrim.solve(program, tol=tol, max_iter=session.sizes.limit)
             put(f"{name} set, tolerance {tol:g}", figures(program, solutions[name, tol]))
@@ -64,8 +65,7 @@ def layer1(session: Session) -> None:
     session.check(LAYER, "time to a proven gap of 1 % / theirs", loosest["seconds"] / theirs["seconds"], "≤", 0.1)
     session.check(LAYER, "smallest gap", best["gap"] if best["gap"] is not None else float("inf"), "≤", 1e-4)
     session.check(LAYER, "share of the budget used", best["used"], "≥", 0.995)
-    for name, program in programs.items():
-        _history(session, name, program, problem, solutions[name, finest], theirs)
+    _history(session, programs["relaxed"], problem, solutions["relaxed", finest], theirs)
     _penalised(session, programs["relaxed"], problem, {tol: solutions["relaxed", tol] for tol in session.sizes.tolerances})
 
 
@@ -85,9 +85,7 @@ def _row(case: str, run: Run, theirs: Run) -> tuple[object, ...]:
     )
 
 
-def _history(
-    session: Session, name: str, program: LayerProgram, problem: dict[str, Any], reference: nettrim.Solution, theirs: Run
-) -> None:
+def _history(session: Session, program: LayerProgram, problem: dict[str, Any], reference: nettrim.Solution, theirs: Run) -> None:
     """Solves with growing iteration limits: gap against time, and the first feasible point near the optimum.
 
     "Within 1 % of the optimum" is proven: at most 1.01 times the best lower bound that any of the solves has found. The
@@ -96,9 +94,9 @@ def _history(
     tol = session.sizes.tolerances[-1]
     history: list[Run] = []
     for cap in session.sizes.caps:
-        with session.doing(f"{LAYER}: {name} set, at most {cap} iterations"):
+        with session.doing(f"{LAYER}: at most {cap} iterations"):
             solution = nettrim.solve(program, tol=tol, max_iter=cap)
-        history.append(session.record(LAYER, f"history, {name} set, {cap}", {**problem, "cap": cap, "set": name}, figures(program, solution)))
+        history.append(session.record(LAYER, f"history, {cap}", {**problem, "cap": cap}, figures(program, solution)))
         if solution.status == "optimal":
             break
     bound = max([reference.lower_bound, *(run["lower_bound"] for run in history)])
@@ -107,7 +105,7 @@ def _history(
         return run["objective"] / bound - 1 if run["feasible"] and bound > 0 else None
 
     session.table(
-        f"{LAYER}: {name} set, solves with growing iteration limits",
+        f"{LAYER}: relaxed set, solves with growing iteration limits",
         ("at most", "s", "theirs / s", "status", "above the best bound", "gap"),
         [
             (run["settings"]["cap"], run["seconds"], theirs["seconds"] / run["seconds"], run["status"], above(run), run["gap"])
@@ -115,9 +113,8 @@ def _history(
         ],
     )
     near = [run["seconds"] for run in history if (excess := above(run)) is not None and excess <= NEAR]
-    if name == "relaxed":
-        share = near[0] / theirs["seconds"] if near else float("inf")
-        session.check(LAYER, "time to a feasible point within 1 % / theirs", share, "≤", 1 / 20)
+    share = near[0] / theirs["seconds"] if near else float("inf")
+    session.check(LAYER, "time to a feasible point within 1 % / theirs", share, "≤", 1 / 20)
 
 
 def _penalised(session: Session, program: LayerProgram, problem: dict[str, Any], solutions: dict[float, nettrim.Solution]) -> None:
