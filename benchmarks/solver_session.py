@@ -64,7 +64,7 @@ class Sizes:
     tolerances: tuple[float, ...] = (1e-2, 1e-3, 1e-4)
     limit: int = 1500
     peer_iterations: tuple[int, ...] = (200, 1000)
-    caps: tuple[int, ...] = (10, 20, 30, 40, 60, 80, 100, 120, 160, 200, 280, 400)
+    caps: tuple[int, ...] = (10, 20, 25, 30, 40, 60, 80, 100, 120, 160, 200, 280, 400)
     oracle: tuple[int, int, int] = (2000, 200, 20)
     wide: tuple[int, ...] = (2048, 4096)
     wide_rows: int = 32_768

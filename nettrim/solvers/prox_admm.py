@@ -43,7 +43,7 @@ _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float6
 _STALLED_CHECKS = 24
 _BALANCE_FROM = 200  # what is not solved by then has its residuals balanced
 _APART = 4.0
-_HOPELESS = 2.0  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
+_HOPELESS = 1.2  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
 def refuses(program: LayerProgram) -> str | None:
