@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nettrim.errors import ArgumentError
 
-CHUNK_ELEMENTS = 4_000_000
-BLOCK_ELEMENTS = 500_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
+CHUNK_ELEMENTS = 2_000_000
+BLOCK_ELEMENTS = 250_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
 
 Stream = Callable[[], Iterable[Any]]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nettrim.programs import LayerProgram
+from nettrim.residual import Measures
 
 STATUSES = ("optimal", "feasible", "infeasible", "iteration_limit")
 
@@ -73,11 +74,12 @@ class Solver:
 
 @dataclass
 class Best:
-    """The best feasible point (None: no weights yet, or 0) and the best bound that a solver has met so far."""
+    """The best feasible point (None: no weights yet, or 0), what the rows say of it if they were asked, and the best bound met so far."""
 
     W: Tensor | None
     objective: float
     bound: float
+    measures: Measures | None = None
 
     @property
     def gap(self) -> float:
@@ -125,10 +127,11 @@ def judge(
     solver: str,
     infeasible: bool = False,
     least_distance: float | None = None,
+    measures: Measures | None = None,
 ) -> Solution:
-    """The solution that ``W`` (M, N) is, every figure recomputed in float64 by the program itself."""
+    """The solution that ``W`` (M, N) is, every figure computed in float64 by the program itself, unless its ``measures`` of W are at hand."""
     W = W.detach().to(program.device, program.dtype)
-    measures = program.measure(W)
+    measures = measures or program.measure(W)
     objective = program.value(program.norm(W), program.misfit_of(measures))
     feasible = program.feasible_by(measures)
     gap = relative_gap(objective, lower_bound) if feasible else math.inf

@@ -47,16 +47,18 @@ class Gram:
         return max(total, 0.0)
 
     def _scaled(self, shift: float) -> Tensor:
+        """``G/(column columnᵀ) + shift·I``, column by column in memory: so it can be factorised where it lies."""
         scaled = self.G / self.column
         scaled /= self.column[:, None]
         scaled.diagonal().add_(shift)
-        return scaled
+        return scaled.T
 
     def inverse(self, sigma: float, dtype: torch.dtype) -> Tensor:
         """``(G/(column columnᵀ) + σI)⁻¹``: G is positive semidefinite to rounding, and σ of the size of its mean diagonal: this cannot fail."""
-        factor = torch.linalg.cholesky(self._scaled(sigma))
-        torch.cholesky_inverse(factor, out=factor)
-        return factor.to(dtype)
+        matrix = self._scaled(sigma)
+        torch.linalg.cholesky(matrix, out=matrix)
+        torch.cholesky_inverse(matrix, out=matrix)
+        return matrix.to(dtype)
 
     def least_squares(self, dtype: torch.dtype) -> tuple[Tensor, float]:
         """Weights close to ``argmin F``, in scaled columns and ``dtype``, and the misfit of the unrounded ones.
@@ -65,7 +67,9 @@ class Gram:
         """
         share = _SHARE
         while True:
-            factor, failed = torch.linalg.cholesky_ex(self._scaled(share * self.mean))
+            factor = self._scaled(share * self.mean)
+            failed = torch.empty((), dtype=torch.int32, device=factor.device)
+            torch.linalg.cholesky_ex(factor, out=(factor, failed))
             if not int(failed):
                 break
             share *= 10

@@ -84,10 +84,12 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
         return prox_admm.run(program, tol, max_iter, initial)
     del gram
     answer = _weights(program, best)
-    if not math.isfinite(best.objective) or not program.is_feasible(answer):
+    measures = best.measures or program.measure(answer)
+    if not math.isfinite(best.objective) or not program.feasible_by(measures):
         # G and C are rounded too, and no margin tried was wide enough for what they hold of the budget to hold on the rows
         return prox_admm.run(program, tol, max_iter, initial)
-    return judge(program, answer, best.bound, tol=tol, iterations=iterations, seconds=time.perf_counter() - began, solver=NAME)
+    seconds = time.perf_counter() - began
+    return judge(program, answer, best.bound, tol=tol, iterations=iterations, seconds=seconds, solver=NAME, measures=measures)
 
 
 def _weights(program: LayerProgram, best: Best) -> Tensor:
@@ -140,13 +142,14 @@ def _iterate(program: LayerProgram, gram: Gram, s: _State, best: Best, tol: floa
         best.bound = max(best.bound, gram.bound(program, _dense(gram, s)))
         _offer(program, gram, s, best, margin, math.inf if iteration == limit else _HOPELESS * tol)
         if best.gap <= tol:
-            if program.is_feasible(_weights(program, best)):
+            best.measures = program.measure(_weights(program, best))
+            if program.feasible_by(best.measures):
                 break
             margins += 1
             if margins > _MARGINS:
                 break
             margin *= 10
-            best.W, best.objective = None, math.inf
+            best.W, best.objective, best.measures = None, math.inf, None
             continue
         if not _BALANCE > ratio > 1 / _BALANCE:
             _change_sigma(gram, s, 3.0 if ratio > 1 else 1 / 3.0)
@@ -239,4 +242,4 @@ def _offer(program: LayerProgram, gram: Gram, s: _State, best: Best, margin: flo
     W = W.to(program.dtype)
     objective = program.value(program.norm(W), 0.0 if program.regularization is None else gram.misfit(W))
     if objective < best.objective:
-        best.W, best.objective = W, objective
+        best.W, best.objective, best.measures = W, objective, None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nettrim.programs import LayerProgram
-from nettrim.residual import ONE_SIDED_TOLERANCE
+from nettrim.residual import ONE_SIDED_TOLERANCE, Measures
 from nettrim.solvers.base import Best, Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
 from nettrim.solvers.splitting import State, change_support_weight, refine, scale_weights, start, step, watched_step
@@ -35,14 +35,17 @@ _TINY_PENALTY = 1e-9  # over the one from which 0 is optimal
 _EXCLUDED = 1e3  # no feasible weights below so many times the norm of the nearest point, or of any that matter
 SPLIT_WEIGHT = 0.1  # β over the misfit's curvature
 ONE_SIDED_SPLIT_WEIGHT = 0.5  # for the paper's set: hard inequalities want a large β, the bound a small one
-_BALANCE = 1.5
+_UNMET = 3.0  # by which β grows while unmet hard inequalities are all that is left
 SUPPORT_WEIGHT = 1.0  # r over the mean diagonal of AᵀA
 _BALANCE_EVERY = 20
 _SETTLED_FOR = 10
 _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float64 costs nothing
 _STALLED_CHECKS = 24
 _BALANCE_FROM = 200  # what is not solved by then has its residuals balanced
-_APART = 4.0
+_APART = 4.0  # residuals further apart than this are; and the most by which a weight changes for it
+_START_OVER = 1000  # what is not solved by then gets its first weights again, a lighter r among them, and another 400 iterations before they are balanced
+_LIGHTER = 0.1
+_BALANCE_AGAIN = 400
 _HOPELESS = 1.2  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
@@ -72,6 +75,7 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
             solver=NAME,
             infeasible=infeasible,
             least_distance=least_distance,
+            measures=best.measures,
         )
 
     if best.objective == 0:
@@ -88,37 +92,39 @@ def _precision(program: LayerProgram, tol: float) -> torch.dtype:
     return torch.float32 if program.dtype == torch.float32 and work >= _FLOAT32_WORK and tol >= 1e-6 else torch.float64
 
 
-def _offer(program: LayerProgram, best: Best, W: Tensor) -> None:
-    """Keep ``W`` if it is feasible, as it will be stored, and better than what is known."""
+def _offer(program: LayerProgram, best: Best, W: Tensor) -> tuple[float, Measures]:
+    """Keep ``W`` if it is feasible, as it will be stored, and better than what is known; returns its objective and measures."""
     W = W.detach().to(program.device, program.dtype)
     measures = program.measure(W)
-    if not program.feasible_by(measures):
-        return
     objective = program.value(program.norm(W), program.misfit_of(measures))
-    if abs(objective - best.bound) < abs(best.objective - best.bound):
-        best.W, best.objective = W, objective
+    if program.feasible_by(measures) and abs(objective - best.bound) < abs(best.objective - best.bound):
+        best.W, best.objective, best.measures = W, objective, measures
+    return objective, measures
 
 
 def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial: Tensor | None) -> tuple[int, Tensor]:
     """Run up to ``limit`` iterations, in float64 once single precision makes no more progress; stops early at the tolerance."""
-    state = start(program, _precision(program, tol), initial, ONE_SIDED_SPLIT_WEIGHT if program.one_sided else SPLIT_WEIGHT, SUPPORT_WEIGHT)
+    state = start(program, _precision(program, tol), initial, _first_split_weight(program), SUPPORT_WEIGHT)
     iteration, stalled, smallest = 0, 0, math.inf
     while iteration < limit:
         iteration += 1
         ratios = None
-        if iteration >= _BALANCE_FROM and iteration % _BALANCE_EVERY == 0:
+        if iteration % _START_OVER == 0:
+            _start_over(program, state)
+        since = iteration % _START_OVER
+        if iteration % _BALANCE_EVERY == 0 and since >= (_BALANCE_FROM if since == iteration else _BALANCE_AGAIN):
             ratios = watched_step(program, state)
         else:
             step(program, state)
-        if state.settled >= _SETTLED_FOR or iteration == _BALANCE_FROM:
+        if state.settled >= _SETTLED_FOR or since == _BALANCE_FROM:
             state.projecting = program.epsilon is not None
         if iteration % (20 if iteration < 40 else 10) and iteration != limit:
             continue
-        W = _check(program, best, state, math.inf if iteration == limit else _HOPELESS * tol)
+        unmet = _check(program, best, state, tol, last=iteration == limit)
         if best.gap <= tol:
             break
-        if ratios is not None and program.one_sided and _unmet_but_close(program, best, W, tol):
-            scale_weights(state, _BALANCE)
+        if unmet:
+            scale_weights(state, _UNMET)
         elif ratios is not None:
             _balance_residuals(state, *ratios)
         progress = best.gap if math.isfinite(best.gap) else 1.0 - best.bound / max(program.norm(state.weights), 1e-300)
@@ -130,39 +136,47 @@ def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial:
     return iteration, state.weights
 
 
+def _first_split_weight(program: LayerProgram) -> float:
+    return ONE_SIDED_SPLIT_WEIGHT if program.one_sided else SPLIT_WEIGHT
+
+
+def _start_over(program: LayerProgram, s: State) -> None:
+    """Iterates and multipliers stay; the weights, which balancing may have led astray, are those of the start, and a budget's λ moves again."""
+    scale_weights(s, _first_split_weight(program) / s.beta)
+    change_support_weight(s, _LIGHTER * SUPPORT_WEIGHT * s.mean / s.r)
+    s.projecting, s.settled = False, 0
+
+
 def _balance_residuals(s: State, of_Z: float, of_S: float) -> None:
     """For programs on which the weights above have not served: bring primal and dual residuals together, each split by its own weight."""
     if not _APART > of_S > 1 / _APART:
-        change_support_weight(s, 2.0 if of_S > 1 else 0.5)
+        change_support_weight(s, _balancing(of_S))
     if not _APART > of_Z > 1 / _APART:
-        factor = 2.0 if of_Z > 1 else 0.5
+        factor = _balancing(of_Z)
         scale_weights(s, factor)
         change_support_weight(s, 1 / factor)
 
 
-def _check(program: LayerProgram, best: Best, s: State, hopeless: float) -> Tensor:
-    """Offer the bound of the multipliers and the sparse iterate, inside its budget; returns that iterate.
+def _balancing(ratio: float) -> float:
+    return min(max(math.sqrt(ratio), 1 / _APART), _APART)
 
-    While the bound is further than ``hopeless`` below what the sparse iterate costs even outside its budget, that one is not looked at.
+
+def _check(program: LayerProgram, best: Best, s: State, tol: float, *, last: bool) -> bool:
+    """Offer the bound of the multipliers and the sparse iterate, inside its budget; returns whether only hard inequalities keep that from the end.
+
+    While the bound is far below what the sparse iterate costs even outside its budget, that one is not looked at, but the last time.
     """
     best.bound = max(best.bound, program.lower_bound(s.U))
     W = s.weights
     if program.epsilon is not None:
-        if not program.one_sided and best.bound < (1 - hopeless) * program.norm(W):
-            return W
+        if not (last or program.one_sided) and best.bound < (1 - _HOPELESS * tol) * program.norm(W):
+            return False
         restored = restore_budget(program, s.G.to(W.dtype), W)
         if restored is None:
-            return W
+            return False
         W = restored
-    _offer(program, best, W)
-    return W
-
-
-def _unmet_but_close(program: LayerProgram, best: Best, W: Tensor, tol: float) -> bool:
-    """Whether hard inequalities are all that keeps ``W`` from its end: they want a larger β."""
-    measures = program.measure(W)
-    objective = program.value(program.norm(W), program.misfit_of(measures))
-    return relative_gap(objective, best.bound) < tol and program.one_sided_excess(measures) > ONE_SIDED_TOLERANCE
+    objective, measures = _offer(program, best, W)
+    return program.one_sided_excess(measures) > ONE_SIDED_TOLERANCE and relative_gap(objective, best.bound) < tol
 
 
 def least_distance(program: LayerProgram, max_iter: int) -> float | None:

@@ -32,6 +32,7 @@ class State:
     column: Tensor
     omega: Tensor  # ω / column
     G: Tensor  # Gram matrix of the unscaled columns, float64
+    mean: float  # of its diagonal, dead columns apart
     inverse: Tensor
     r: float
     beta: float
@@ -70,6 +71,7 @@ def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, bet
         column=column.to(dtype),
         omega=(omega / column).to(dtype),
         G=G,
+        mean=mean,
         inverse=_inverse(G, column, r).to(dtype),
         r=r,
         beta=beta,
@@ -211,8 +213,7 @@ def change_support_weight(s: State, factor: float) -> None:
 
     ``r`` keeps within a range of the mean diagonal of AᵀA: below it a singular Gram matrix has no factor.
     """
-    mean = float(s.G.diagonal()[s.G.diagonal() > 0].mean()) if bool((s.G.diagonal() > 0).any()) else 1.0
-    wanted = min(max(s.r * factor, mean / SUPPORT_RANGE), mean * SUPPORT_RANGE)
+    wanted = min(max(s.r * factor, s.mean / SUPPORT_RANGE), s.mean * SUPPORT_RANGE)
     factor = wanted / s.r
     s.r = wanted
     s.E /= factor
