@@ -22,8 +22,8 @@ _ROUNDING = 2e-14
 _LARGE = 1e6
 
 
-def best_bound(program: LayerProgram, theta: Tensor) -> float:
-    """See :meth:`nettrim.programs.LayerProgram.lower_bound`, which is this function's public face."""
+def best_bound(program: LayerProgram, theta: Tensor) -> tuple[float, Tensor]:
+    """See :meth:`nettrim.programs.LayerProgram.lower_bound`, this function's public face; and ``Aᵀθ``, (M, N), of the ``θ`` before its scaling."""
     omega = program.l1_weights.double()  # type: ignore[union-attr]
     correction = _unpenalised_correction(program, theta, omega)
     M, N = program.shape
@@ -50,7 +50,7 @@ def best_bound(program: LayerProgram, theta: Tensor) -> float:
     square += _ROUNDING * size
     reach = torch.outer(size, columns_size).sqrt()
     scale = _largest_scale(correlation.abs(), limit.expand(M, N), _ROUNDING * reach, _ORTHOGONAL * reach)
-    return total_bound(program, linear, square, scale)
+    return total_bound(program, linear, square, scale), correlation
 
 
 def gram_terms(program: LayerProgram, rows: slice, G: Tensor, C: Tensor, squares: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -199,9 +199,11 @@ class LayerProgram:
         level = "budget" if self.epsilon is not None else "penalised"
         return f"{level} program on the {'no-ReLU' if not self.relu else self.consistency} set"
 
-    def row_chunks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """``(rows, A, Y, V)`` chunk by chunk in ``dtype``, each of a bounded size."""
-        return self._rows.chunks(dtype)
+    def row_chunks(
+        self, dtype: torch.dtype = torch.float64, columns: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """``(rows, A, Y, V)`` chunk by chunk in ``dtype``, each of a bounded size; of ``A`` only some columns, if their indices are given."""
+        return self._rows.chunks(dtype, columns)
 
     def target_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """``(rows, Y, V)`` chunk by chunk, for what needs no inputs."""
@@ -321,4 +323,4 @@ class LayerProgram:
         float
             A lower bound on the optimal objective, at least 0.
         """
-        return best_bound(self, theta)
+        return best_bound(self, theta)[0]

@@ -135,19 +135,23 @@ class Rows:
             yield A, Y.to(A.device)
             start += len(A)
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """``(rows, A, Y, V)`` chunk by chunk in ``dtype``."""
+    def chunks(self, dtype: torch.dtype, columns: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """``(rows, A, Y, V)`` chunk by chunk in ``dtype``; of ``A`` only some columns, if their indices are given."""
+
+        def some(A: Tensor) -> Tensor:
+            return (A if columns is None else A.index_select(1, columns)).to(dtype)
+
         step = max(1, CHUNK_ELEMENTS // (self.width + self.outputs))
         if self.inputs is not None and self.targets is not None:
             for start in range(0, self.count, step):
                 rows = slice(start, min(start + step, self.count))
                 V = None if self.upper is None else self.upper[rows].to(dtype)
-                yield rows, self.inputs[rows].to(dtype), self.targets[rows].to(dtype), V
+                yield rows, some(self.inputs[rows]), self.targets[rows].to(dtype), V
             return
         start = 0
         for A, Y in self._pairs():
             for a, y in zip(A.split(step), Y.split(step), strict=True):
-                yield slice(start, start + len(a)), a.to(dtype), y.to(dtype), None
+                yield slice(start, start + len(a)), some(a), y.to(dtype), None
                 start += len(a)
         if start != self.count:
             raise ArgumentError(f"the stream of inputs gave {start} rows after {self.count} the first time; expected the same rows each time")

@@ -22,7 +22,7 @@ from nettrim.solvers.presolve import presolve
 __all__ = ["SOLVERS", "STATUSES", "Solution", "Solver", "check_solver", "solve"]
 
 SOLVERS: dict[str, Solver] = {
-    prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 5000),
+    prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 5000, drops_dead_inputs=True),
     gram_admm.NAME: Solver(gram_admm.NAME, gram_admm.refuses, gram_admm.run, 5000),
     admm.NAME: Solver(admm.NAME, admm.refuses, admm.run, 5000),
     osqp.NAME: Solver(osqp.NAME, osqp.refuses, osqp.run, 20000),
@@ -133,7 +133,7 @@ def solve(
         if reason is not None:
             raise UnsupportedProgramError(f"neurons={neurons}: blocks of neurons don't do for a {program.description}: {reason}")
         return blocks.run(program, solve, solver, float(tol), max_iter, start, neurons, executor)
-    smaller = presolve(program)
+    smaller = presolve(program, inputs_too=not chosen.drops_dead_inputs)
     inside = None if start is None else smaller.restrict(start)
     with _threads_for(smaller.program):
         solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, inside)

@@ -63,13 +63,14 @@ class Solver:
     """A solver by name: what it refuses, and how it is called.
 
     ``refuses(program)`` is the reason why the solver does not take a program, or None. ``run(program, tol, max_iter, initial)`` solves it;
-    ``default_max_iter`` is the iteration limit where the caller gives none.
+    ``default_max_iter`` is the iteration limit where the caller gives none; ``drops_dead_inputs`` that it needs no copy of the rows without them.
     """
 
     name: str
     refuses: Callable[[LayerProgram], str | None]
     run: Callable[[LayerProgram, float, int, Tensor | None], Solution]
     default_max_iter: int
+    drops_dead_inputs: bool = False
 
 
 @dataclass

@@ -48,12 +48,13 @@ def rounding_margin(program: LayerProgram, dtype: torch.dtype) -> float:
     return 1e-6 if torch.float32 in (dtype, program.dtype) else 1e-10
 
 
-def restore_budget(program: LayerProgram, G: Tensor, W: Tensor) -> Tensor | None:
+def restore_budget(program: LayerProgram, G: Tensor, W: Tensor, columns: Tensor | None = None) -> Tensor | None:
     """The nearest point to ``W`` (M, N), on its own support, that keeps the budget; None where a few rounds don't find one.
 
     At ``W`` the misfit is majorised by ``‖A W'ᵀ − (Z − D)‖_F²``, a least-squares problem in ``G = AᵀA``; the step towards its minimiser on the
     support of ``W`` lowers the misfit, and only as much of it is taken as the budget needs: an optimal point lies on the boundary.
 
+    With ``columns`` (their indices), ``W`` and ``G`` are those of some columns, the other weights being 0.
     Computes in the dtype of ``W`` and ``G`` (N, N); three passes over the rows a round, and two matrices of the targets' shape.
     """
     assert program.epsilon is not None
@@ -74,7 +75,7 @@ def restore_budget(program: LayerProgram, G: Tensor, W: Tensor) -> Tensor | None
 
     for _ in range(_ROUNDS):
         total, B = 0.0, torch.zeros_like(W)
-        for rows, A, Y, V in program.row_chunks(W.dtype):
+        for rows, A, Y, V in program.row_chunks(W.dtype, columns):
             Z[rows] = A @ W.T
             D = residual(Z[rows], Y, V, relu=program.relu)
             total += float(D.square().sum())
@@ -85,7 +86,7 @@ def restore_budget(program: LayerProgram, G: Tensor, W: Tensor) -> Tensor | None
         if not math.isfinite(at_zero):
             return None
         step = restricted_least_squares(G, B, mask)
-        for rows, A, _, _ in program.row_chunks(W.dtype):
+        for rows, A, _, _ in program.row_chunks(W.dtype, columns):
             dZ[rows] = A @ step.T
         at_one = excess(1.0)
         if at_one <= 0:

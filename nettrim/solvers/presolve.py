@@ -42,13 +42,13 @@ class Presolved:
         return W
 
 
-def presolve(program: LayerProgram) -> Presolved:
-    """Drop dead inputs and dead neurons where they are many enough; streamed and memory-mapped rows stay as they are, not to be copied."""
+def presolve(program: LayerProgram, *, inputs_too: bool = True) -> Presolved:
+    """Drop dead neurons, and dead inputs unless the solver does, where they are many enough; streamed and memory-mapped rows stay as they are, not to be copied."""
     if not program.in_memory:
         return Presolved(program, None, None, program.shape)
     assert isinstance(program.inputs, Tensor) and isinstance(program.targets, Tensor)
     M, N = program.shape
-    columns = _worthwhile((program.inputs != 0).any(0))
+    columns = _worthwhile((program.inputs != 0).any(0)) if inputs_too else None
     rows = None if program.one_sided else _worthwhile((program.targets != 0).any(0))
     if rows is None and columns is None:
         return Presolved(program, None, None, program.shape)

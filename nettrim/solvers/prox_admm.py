@@ -24,11 +24,13 @@ import time
 import torch
 from torch import Tensor
 
+from nettrim.duality import best_bound
 from nettrim.programs import LayerProgram
 from nettrim.residual import ONE_SIDED_TOLERANCE, Measures
 from nettrim.solvers.base import Best, Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
 from nettrim.solvers.splitting import State, change_support_weight, refine, scale_weights, start, step, watched_step
+from nettrim.solvers.working_set import WorkingSet
 
 NAME = "prox_admm"
 _TINY_PENALTY = 1e-9  # over the one from which 0 is optimal
@@ -43,9 +45,9 @@ _FLOAT32_WORK = 2e7  # P·N·M from which single precision pays; below it float6
 _STALLED_CHECKS = 24
 _BALANCE_FROM = 200  # what is not solved by then has its residuals balanced
 _APART = 4.0  # residuals further apart than this are; and the most by which a weight changes for it
-_START_OVER = 1000  # what is not solved by then gets its first weights again, a lighter r among them, and another 400 iterations before they are balanced
+_START_OVER = 1000  # what is not solved by then gets its first weights again, but for a lighter r
 _LIGHTER = 0.1
-_BALANCE_AGAIN = 400
+_BALANCE_AGAIN = 400  # and so many iterations before they are balanced
 _HOPELESS = 1.2  # gaps from this many times the tolerance don't end a run: the point is not worth bringing inside its budget yet
 
 
@@ -105,6 +107,8 @@ def _offer(program: LayerProgram, best: Best, W: Tensor) -> tuple[float, Measure
 def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial: Tensor | None) -> tuple[int, Tensor]:
     """Run up to ``limit`` iterations, in float64 once single precision makes no more progress; stops early at the tolerance."""
     state = start(program, _precision(program, tol), initial, _first_split_weight(program), SUPPORT_WEIGHT)
+    working_set = WorkingSet(program, state)
+    state = working_set.without_dead(state)
     iteration, stalled, smallest = 0, 0, math.inf
     while iteration < limit:
         iteration += 1
@@ -120,20 +124,23 @@ def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial:
             state.projecting = program.epsilon is not None
         if iteration % (20 if iteration < 40 else 10) and iteration != limit:
             continue
-        unmet = _check(program, best, state, tol, last=iteration == limit)
+        bound, correlation = best_bound(program, state.U)
+        best.bound = max(best.bound, bound)
+        unmet = _end(program, working_set, best, state, tol, last=iteration == limit)
         if best.gap <= tol:
             break
         if unmet:
             scale_weights(state, _UNMET)
         elif ratios is not None:
             _balance_residuals(state, *ratios)
-        progress = best.gap if math.isfinite(best.gap) else 1.0 - best.bound / max(program.norm(state.weights), 1e-300)
+        progress = best.gap if math.isfinite(best.gap) else 1.0 - best.bound / max(program.norm(working_set.expand(state.weights)), 1e-300)
         stalled = 0 if progress < 0.98 * smallest else stalled + 1
         smallest = min(smallest, progress)
         if stalled >= _STALLED_CHECKS and state.W.dtype == torch.float32:
             refine(program, state)
             stalled = 0
-    return iteration, state.weights
+        state = working_set.update(state, correlation)
+    return iteration, working_set.expand(state.weights)
 
 
 def _first_split_weight(program: LayerProgram) -> float:
@@ -161,21 +168,20 @@ def _balancing(ratio: float) -> float:
     return min(max(math.sqrt(ratio), 1 / _APART), _APART)
 
 
-def _check(program: LayerProgram, best: Best, s: State, tol: float, *, last: bool) -> bool:
-    """Offer the bound of the multipliers and the sparse iterate, inside its budget; returns whether only hard inequalities keep that from the end.
+def _end(program: LayerProgram, working_set: WorkingSet, best: Best, s: State, tol: float, *, last: bool) -> bool:
+    """Offer the sparse iterate, brought inside its budget; returns whether only hard inequalities keep it from being the answer.
 
-    While the bound is far below what the sparse iterate costs even outside its budget, that one is not looked at, but the last time.
+    While the bound is far below what it costs even outside its budget, it is not looked at, but the last time.
     """
-    best.bound = max(best.bound, program.lower_bound(s.U))
     W = s.weights
     if program.epsilon is not None:
-        if not (last or program.one_sided) and best.bound < (1 - _HOPELESS * tol) * program.norm(W):
+        if not (last or program.one_sided) and best.bound < (1 - _HOPELESS * tol) * program.norm(working_set.expand(W)):
             return False
-        restored = restore_budget(program, s.G.to(W.dtype), W)
+        restored = restore_budget(program, s.G.to(W.dtype), W, s.columns)
         if restored is None:
             return False
         W = restored
-    objective, measures = _offer(program, best, W)
+    objective, measures = _offer(program, best, working_set.expand(W))
     return program.one_sided_excess(measures) > ONE_SIDED_TOLERANCE and relative_gap(objective, best.bound) < tol
 
 

@@ -27,8 +27,9 @@ SUPPORT_RANGE = 1e6
 
 @dataclass
 class State:
-    """The iterates in one precision; ``W``, ``S``, ``E`` are in scaled columns (``W = W_true · column``)."""
+    """The iterates in one precision; ``W``, ``S``, ``E`` are in scaled columns (``W = W_true · column``), those of the working set."""
 
+    columns: Tensor | None  # their indices; None for all
     column: Tensor
     omega: Tensor  # ω / column
     G: Tensor  # Gram matrix of the unscaled columns, float64
@@ -60,7 +61,7 @@ def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, bet
     G, C = _gram(program)
     live = G.diagonal() > 0
     mean = float(G.diagonal()[live].mean()) if bool(live.any()) else 1.0
-    column = torch.where(live, (G.diagonal() / mean).sqrt(), 1.0)
+    column = column_scale(G, mean)
     omega = program.l1_weights.double()  # type: ignore[union-attr]
     level = program.regularization or _first_level(program, C)
     W = torch.zeros(program.shape, dtype=dtype, device=program.device)
@@ -68,11 +69,12 @@ def start(program: LayerProgram, dtype: torch.dtype, initial: Tensor | None, bet
         W = torch.where(live, initial.double() * column, 0.0).to(dtype)
     r = support_weight * mean
     state = State(
+        columns=None,
         column=column.to(dtype),
         omega=(omega / column).to(dtype),
         G=G,
         mean=mean,
-        inverse=_inverse(G, column, r).to(dtype),
+        inverse=inverse(G, column, r).to(dtype),
         r=r,
         beta=beta,
         level=level,
@@ -105,16 +107,20 @@ def _first_level(program: LayerProgram, C: Tensor) -> float:
 
 def refine(program: LayerProgram, s: State) -> None:
     """Go on in float64."""
-    diagonal = s.G.diagonal()
-    live = diagonal > 0
-    s.column = torch.where(live, (diagonal / diagonal[live].mean()).sqrt(), 1.0)
-    s.omega = program.l1_weights.double() / s.column  # type: ignore[union-attr]
-    s.inverse = _inverse(s.G, s.column, s.r)
+    s.column = column_scale(s.G, s.mean)
+    omega = program.l1_weights.double()  # type: ignore[union-attr]
+    s.omega = (omega if s.columns is None else omega[..., s.columns]) / s.column
+    s.inverse = inverse(s.G, s.column, s.r)
     for name in ("W", "S", "E", "Z", "U"):
         setattr(s, name, getattr(s, name).double())
 
 
-def _inverse(G: Tensor, column: Tensor, r: float) -> Tensor:
+def column_scale(G: Tensor, mean: float) -> Tensor:
+    """What columns are divided by so that the diagonal of AᵀA is ``mean``; 1 for a dead one."""
+    return torch.where(G.diagonal() > 0, (G.diagonal() / mean).sqrt(), 1.0)
+
+
+def inverse(G: Tensor, column: Tensor, r: float) -> Tensor:
     """``(G/(column columnᵀ) + rI)⁻¹``: G is positive semidefinite to rounding, and r of the size of its mean diagonal, so this cannot fail."""
     shifted = G / column / column[:, None]
     shifted.diagonal().add_(r)
@@ -153,7 +159,7 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
     weights = (s.W / s.column).T
     pull, cut = torch.zeros_like(s.W), torch.zeros_like(s.W)
     gain, total = s.beta / (1 + s.beta), 0.0
-    for rows, A, Y, V0 in program.row_chunks(s.W.dtype):
+    for rows, A, Y, V0 in program.row_chunks(s.W.dtype, s.columns):
         V = torch.lerp(s.Z[rows], A @ weights, OVER_RELAXATION).add_(s.U[rows])
         D = residual(V, Y, V0, relu=program.relu)
         total += float((torch.where(Y > 0, D, 0.0) if program.one_sided else D).square().sum())
@@ -176,7 +182,7 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
         s.U *= 1 - gain
         s.Z -= s.U
         return pull.sub_(cut, alpha=2 * (1 - gain)), 1.0
-    for rows, A, Y, _ in program.row_chunks(s.W.dtype):
+    for rows, A, Y, _ in program.row_chunks(s.W.dtype, s.columns):
         U = _removed(program, s.U[rows], Y, gain)
         s.U[rows] = U
         s.Z[rows] -= U
@@ -217,7 +223,7 @@ def change_support_weight(s: State, factor: float) -> None:
     factor = wanted / s.r
     s.r = wanted
     s.E /= factor
-    s.inverse = _inverse(s.G, s.column.double(), s.r).to(s.W.dtype)
+    s.inverse = inverse(s.G, s.column.double(), s.r).to(s.W.dtype)
 
 
 def watched_step(program: LayerProgram, s: State) -> tuple[float, float]:
@@ -229,7 +235,7 @@ def watched_step(program: LayerProgram, s: State) -> tuple[float, float]:
     Z, S = s.Z.clone(), s.S
     step(program, s)
     weights = (s.W / s.column).T
-    apart = sum(float((A @ weights - s.Z[rows]).double().square().sum()) for rows, A, _, _ in program.row_chunks(s.W.dtype))
+    apart = sum(float((A @ weights - s.Z[rows]).double().square().sum()) for rows, A, _, _ in program.row_chunks(s.W.dtype, s.columns))
     of_Z = _ratio(math.sqrt(apart) / _norm(s.Z), _norm(s.Z - Z) / _norm(s.U))
     of_S = _ratio(_norm(s.W - s.S) / _norm(s.S), _norm(s.S - S) / _norm(s.E))
     return of_Z, of_S
