@@ -51,6 +51,26 @@ def _check_sign(targets: Tensor, nonnegative: bool) -> None:
         raise ArgumentError("targets hold negative numbers; with activation='relu' they are outputs after the ReLU (or pass activation=None)")
 
 
+def _batches(pairs: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same rows in batches of one size, the last apart: sums over them then round alike, however the rows come."""
+    held: list[tuple[Tensor, Tensor]] = []
+    missing = size
+    for A, Y in pairs:
+        while len(A):
+            held.append((A[:missing], Y[:missing]))
+            missing -= len(held[-1][0])
+            A, Y = A[len(held[-1][0]) :], Y[len(held[-1][0]) :]
+            if missing == 0:
+                yield _joined(held)
+                held, missing = [], size
+    if held:
+        yield _joined(held)
+
+
+def _joined(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return pieces[0] if len(pieces) == 1 else (torch.cat([A for A, _ in pieces]), torch.cat([Y for _, Y in pieces]))
+
+
 class Rows:
     """``A`` (P, N), ``Y`` (P, M) and perhaps ``V`` (P, M), read side by side.
 
@@ -149,9 +169,8 @@ class Rows:
                 yield rows, some(self.inputs[rows]), self.targets[rows].to(dtype), V
             return
         start = 0
-        for A, Y in self._pairs():
-            for a, y in zip(A.split(step), Y.split(step), strict=True):
-                yield slice(start, start + len(a)), some(a), y.to(dtype), None
-                start += len(a)
+        for a, y in _batches(self._pairs(), step):
+            yield slice(start, start + len(a)), some(a), y.to(dtype), None
+            start += len(a)
         if start != self.count:
             raise ArgumentError(f"the stream of inputs gave {start} rows after {self.count} the first time; expected the same rows each time")

@@ -108,7 +108,7 @@ def test_wide_layers_are_streamed_and_held_against_the_machine(tmp_path: Path) -
     (run,), printed = section(tmp_path / "results.json", "wide")
     assert run["status"] == "optimal" and run["settings"]["N"] == 24
     assert set(run["products"]) == {"float64", "float32"} and run["gram_rate"] > 0 and run["constant"] >= 0
-    assert "memory beyond the weights (N² floats), N = 24" in printed
+    assert "memory beyond the weights (N² numbers of float64), N = 24" in printed
 
 
 def test_growth_is_fitted_and_drawn(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nettrim
+from nettrim import rows
 from nettrim.duality import best_bound
 from nettrim.solvers import working_set
 from nettrim.solvers.splitting import start, step
@@ -80,3 +81,17 @@ def test_dead_inputs_are_not_looked_at():
     without = nettrim.solve(program, tol=1e-6)
     torch.testing.assert_close(solution.weights[:, :30], without.weights, rtol=0, atol=1e-9)
     assert not bool(solution.weights[:, 30:].any())
+
+
+@pytest.mark.parametrize("pieces", [[1] * 7, [7], [3, 4], [5, 0, 2]])
+def test_rows_come_in_batches_of_one_size_however_they_are_streamed(pieces, monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 9)  # two rows of 3 inputs and 1 target at a time
+    A, Y = torch.arange(21, dtype=torch.float64).view(7, 3), torch.arange(7, dtype=torch.float64).view(7, 1)
+    columns = torch.tensor([0, 2])
+    streamed = nettrim.LayerProgram(lambda: A.split(pieces), lambda: Y.split(pieces), epsilon=1.0)
+    whole = nettrim.LayerProgram(A, Y, epsilon=1.0)
+    for one, other in zip(streamed.row_chunks(columns=columns), whole.row_chunks(columns=columns), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+        assert torch.equal(one[1], A[one[0]][:, columns])
+        assert torch.equal(one[2], other[2])

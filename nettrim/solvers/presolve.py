@@ -43,7 +43,10 @@ class Presolved:
 
 
 def presolve(program: LayerProgram, *, inputs_too: bool = True) -> Presolved:
-    """Drop dead neurons, and dead inputs unless the solver does, where they are many enough; streamed and memory-mapped rows stay as they are, not to be copied."""
+    """Drop dead neurons, and dead inputs unless the solver does, where they are many enough.
+
+    Streamed and memory-mapped rows stay as they are, not to be copied.
+    """
     if not program.in_memory:
         return Presolved(program, None, None, program.shape)
     assert isinstance(program.inputs, Tensor) and isinstance(program.targets, Tensor)

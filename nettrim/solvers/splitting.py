@@ -153,11 +153,11 @@ def step(program: LayerProgram, s: State) -> None:
 def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
     """Step 1 for all rows: ``(Z − U)ᵀA``, which step 3 needs, and how many times over its ``√misfit(Z)`` the budget is.
 
-    A penalty leaves ``β/(1 + β)`` of the residual ``D``, each row on its own. The projection leaves ``ε/‖D‖`` of it, which all rows decide: those in
-    memory are read again, a stream is read once, ``(Z − U)ᵀA = VᵀA − 2 (1 − gain) DᵀA`` being linear in what it leaves.
+    A penalty leaves ``β/(1 + β)`` of the residual ``D``, each row on its own, and the rows are read once. The projection leaves ``ε/‖D‖`` of
+    it, which all rows decide: their inputs are read again. (In one pass, as ``VᵀA − 2 (1 − gain) DᵀA``, it takes a third product instead.)
     """
     weights = (s.W / s.column).T
-    pull, cut = torch.zeros_like(s.W), torch.zeros_like(s.W)
+    pull = torch.zeros_like(s.W)
     gain, total = s.beta / (1 + s.beta), 0.0
     for rows, A, Y, V0 in program.row_chunks(s.W.dtype, s.columns):
         V = torch.lerp(s.Z[rows], A @ weights, OVER_RELAXATION).add_(s.U[rows])
@@ -169,19 +169,12 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
             pull.addmm_((s.Z[rows] - U).T, A)
             continue
         s.U[rows], s.Z[rows] = D, V
-        if program.streamed:
-            pull.addmm_(V.T, A)
-            cut.addmm_(D.T, A)
     if program.epsilon is None:
         return pull, 1.0
     norm = math.sqrt(total)
     if not s.projecting:
         return pull, program.epsilon / (gain * norm) if norm > 0 else _LEVEL_STEP
     gain = min(1.0, program.epsilon / norm) if norm > 0 else 1.0
-    if program.streamed:
-        s.U *= 1 - gain
-        s.Z -= s.U
-        return pull.sub_(cut, alpha=2 * (1 - gain)), 1.0
     for rows, A, Y, _ in program.row_chunks(s.W.dtype, s.columns):
         U = _removed(program, s.U[rows], Y, gain)
         s.U[rows] = U
