@@ -29,7 +29,8 @@ class WorkingSet:
         self._G, self._column = state.G, column_scale(state.G, state.mean)
         self._omega: Tensor = program.l1_weights.double()  # type: ignore[union-attr]
         self._present = torch.ones(program.shape[1], dtype=torch.bool, device=program.device)
-        self._pays = program.rows * program.shape[0] * program.shape[1] >= _WORK
+        # hard inequalities are met late, by a large β, while columns come and go
+        self._pays = not program.one_sided and program.rows * program.shape[0] * program.shape[1] >= _WORK
 
     def expand(self, W: Tensor) -> Tensor:
         """Weights (M, present) to (M, N), the others 0."""
