@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nettrim.patterns import Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
 
@@ -35,6 +36,8 @@ class Layer:
         What the program sees: ``A``, or ``Â`` in cascade.
     targets : Tensor, (P, M)
         ``Y``: the dense network's outputs, after the ReLU if one follows.
+    outputs : Tensor, (P, M)
+        The same before the ReLU.
     dense : Tensor, (M, N)
         The dense weights ``W``.
     activation : "relu" or None
@@ -45,6 +48,7 @@ class Layer:
     name: str
     inputs: Tensor
     targets: Tensor
+    outputs: Tensor
     dense: Tensor
     activation: str | None
     disturbed: bool
@@ -57,15 +61,16 @@ class Budget:
     Attributes
     ----------
     program : LayerProgram
-    promise : float
-        Frobenius norm, absolute: what the stored layer's output may differ from the dense network's on these rows.
+    promise : float or None
+        Frobenius norm, absolute: what the stored layer's output may differ from the dense network's on these rows. None where a number of weights
+        was asked for: then it is what the solution leaves.
     inflation : float or None
         The factor ``γ`` (``κγ`` for the last layer) by which a cascade layer's squared promise exceeds at most what the dense weights leave;
         None for a budget of its own.
     """
 
     program: LayerProgram
-    promise: float
+    promise: float | None
     inflation: float | None
 
 
@@ -102,6 +107,44 @@ def make_budget(layer: Layer, *, relative: float, own: bool, inflation: float, c
     if upper is not None:
         promise = math.hypot(epsilon, math.sqrt(_dense_misfit(layer)[1]))
     return Budget(program(epsilon), promise, factor)
+
+
+def make_selection(layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, preserve_zeros: bool, has_bias: bool) -> Budget:
+    """The program of one layer that is to have a share ``sparsity`` of zeros in a pattern.
+
+    Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
+    program sees ``G`` and ``C`` alone (what knowing of the ReLU brings is in docs/sparsity.md). The bias does not count and is fitted.
+
+    Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
+    """
+    width = layer.dense.shape[1] - has_bias
+    shape = (layer.dense.shape[0], width)
+    pattern.check(shape, f"layer {layer.name!r}")
+    weights = torch.ones(layer.inputs.shape[1], dtype=layer.inputs.dtype, device=layer.inputs.device)
+    weights[width:] = 0.0
+    targets = layer.outputs
+    if repair < 1 and layer.disturbed:
+        targets = torch.lerp(layer.inputs @ layer.dense.T, targets, repair)
+    support = None
+    if preserve_zeros:
+        support = layer.dense != 0
+        support[:, width:] = True
+    program = LayerProgram(
+        layer.inputs,
+        targets,
+        nonzeros=pattern.kept(shape, sparsity),
+        activation=None,
+        l1_weights=weights,
+        pattern=pattern.text,
+        support=support,
+    )
+    return Budget(program, None, None)
+
+
+def misfit(layer: Layer, W: Tensor) -> float:
+    """``F(W)`` on the layer's own targets, in float64: the squared promise of weights (M, N)."""
+    program = LayerProgram(layer.inputs, layer.targets, epsilon=1.0, activation=layer.activation)
+    return program.misfit(W)
 
 
 def _pre_activations(layer: Layer) -> Tensor:

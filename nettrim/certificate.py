@@ -58,7 +58,7 @@ def make_promise(module: nn.Module, inputs: Tensor, targets: Tensor, dense: Tens
     return Promise(epsilon, inflation, inputs.shape[0], float(targets.double().norm()), math.sqrt(squares))
 
 
-def _rounding(module: nn.Module, rows: int, output_norm: float, sums_norm: float) -> float:
+def rounding(module: nn.Module, rows: int, output_norm: float, sums_norm: float) -> float:
     """How far two computed outputs of a layer may lie from each other where the exact ones are equal, Frobenius norm.
 
     Of each output the rounding of the entries to the weights' dtype, ``u |y|`` or half the spacing of subnormals, and of each sum of N products
@@ -104,7 +104,7 @@ def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: d
         else:
             bound *= math.sqrt(inflation) * _spectral_norm(dense.get_submodule(layer.name))
         # once for the two runs of the stored layer, and once for the dense run that an inflated budget was measured against
-        bound += _rounding(module, rows, output_norm + bound, sums_norm) * (1 if inflation is None else 1 + math.sqrt(inflation))
+        bound += rounding(module, rows, output_norm + bound, sums_norm) * (1 if inflation is None else 1 + math.sqrt(inflation))
     return bound
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nettrim.errors import ArgumentError
+from nettrim.patterns import parse
 from nettrim.solvers import check_solver
 
 
@@ -18,7 +19,11 @@ from nettrim.solvers import check_solver
 class Options:
     """The arguments of :func:`nettrim.prune` by the same names."""
 
-    epsilon: float | Mapping[str, float]
+    epsilon: float | Mapping[str, float] | None
+    sparsity: float | Mapping[str, float] | None
+    pattern: str
+    repair: float
+    preserve_zeros: bool
     mode: str
     gamma: float
     kappa: float
@@ -41,6 +46,7 @@ class Options:
         ArgumentError
             Naming the argument, what was given and what was expected.
         """
+        self._check_goal()
         for name, allowed in (
             ("mode", ("cascade", "parallel")),
             ("consistency", ("relaxed", "paper")),
@@ -65,16 +71,36 @@ class Options:
             where = "mode='parallel'" if self.mode == "parallel" else "a mapping of budgets"
             raise ArgumentError(f"kappa={self.kappa} tightens the last budget that gamma sets in a cascade; with {where}, give that layer its own")
 
+    def _check_goal(self) -> None:
+        """What is asked for: a budget, or a number of zeros, and the options that belong to it."""
+        pattern = parse(self.pattern)
+        if (self.epsilon is None) == (self.sparsity is None) and (self.epsilon is not None or pattern.share is None):
+            raise ArgumentError(
+                f"epsilon={self.epsilon!r} and sparsity={self.sparsity!r}; expected exactly one of them (a budget, or a share of zeros)"
+            )
+        self._number("repair", lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        if self.repair != 1 and (self.epsilon is not None or self.mode == "parallel"):
+            why = "a budget is promised against the dense network's output" if self.epsilon is not None else "only a cascade has two streams"
+            raise ArgumentError(f"repair={self.repair}; expected 1 here: {why}")
+        if self.epsilon is not None and (self.pattern != "unstructured" or self.preserve_zeros):
+            raise ArgumentError("pattern or preserve_zeros was given with epsilon; they go with sparsity")
+        if self.sparsity is not None and pattern.share is not None:
+            given = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
+            if any(value != 1 - pattern.share for value in given):
+                raise ArgumentError(f"sparsity={self.sparsity!r} with pattern={self.pattern!r}, which says {1 - pattern.share:g}; leave sparsity out")
+
     def _number(self, name: str, good: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not good(value):
             raise ArgumentError(f"{name}={value!r}; expected {expected}")
 
     def describe(self) -> dict[str, object]:
-        """As the report keeps them: the keys of a mapping of budgets are names, or the names of types."""
+        """As the report keeps them: the keys of a mapping are names, or the names of types."""
         described: dict[str, object] = dict(vars(self))
-        if isinstance(self.epsilon, Mapping):
-            described["epsilon"] = {getattr(key, "__name__", key): value for key, value in self.epsilon.items()}
+        for name in ("epsilon", "sparsity"):
+            given = described[name]
+            if isinstance(given, Mapping):
+                described[name] = {getattr(key, "__name__", key): value for key, value in given.items()}
         return described
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from nettrim.duality import best_bound
 from nettrim.errors import ArgumentError
+from nettrim.patterns import Supports, make_supports
 from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
 
@@ -57,11 +58,20 @@ class LayerProgram:
     targets : Tensor, ndarray or callable, (P, M)
         ``Y``, the dense layer's outputs: after the ReLU for ``activation="relu"`` (so never negative).
     epsilon : float, optional
-        Budget on the output discrepancy: absolute, Frobenius norm. Exactly one of ``epsilon`` and ``regularization`` is given.
+        Budget on the output discrepancy: absolute, Frobenius norm.
     regularization : float, optional
-        ``λ`` of the penalised form.
-    penalty : {"l1"}
-        The papers' objective.
+        ``λ`` of the penalised form (of ``epsilon``, ``regularization`` and ``nonzeros`` exactly one is given).
+    nonzeros : int, optional
+        The third form: ``min ½ · misfit`` with so many weights kept, of those that count (``ω > 0``; a column with ``ω = 0``, a free bias, is kept
+        besides). Not convex: what is found is feasible, and no bound says how far it is from the best.
+    penalty : {"l1", "l0"}
+        The objective beside a budget: the papers' ``Σ ω|w|``, or the number of weights kept.
+    pattern : str
+        Of ``nonzeros`` programs: see :func:`nettrim.patterns.parse`. ``"n:m"`` says the number itself.
+    importance : Tensor or ndarray, (M,), optional
+        Of ``nonzeros`` programs: the support is chosen by the neurons' misfits in this proportion. The objective is not changed by it.
+    support : Tensor, (M, N) bool, optional
+        Of ``nonzeros`` and ``"l0"`` programs: the only weights that may be kept.
     activation : {"relu", None}
         What follows the layer.
     consistency : {"relaxed", "paper"}
@@ -81,11 +91,16 @@ class LayerProgram:
     targets: Tensor | Stream
     epsilon: float | None = field(default=None, kw_only=True)
     regularization: float | None = field(default=None, kw_only=True)
+    nonzeros: int | None = field(default=None, kw_only=True)
     penalty: str = field(default="l1", kw_only=True)
+    pattern: str = field(default="unstructured", kw_only=True)
+    importance: Tensor | None = field(default=None, kw_only=True)
+    support: Tensor | None = field(default=None, kw_only=True)
     activation: str | None = field(default="relu", kw_only=True)
     consistency: str = field(default="relaxed", kw_only=True)
     upper: Tensor | None = field(default=None, kw_only=True)
     l1_weights: Tensor | float | None = field(default=None, kw_only=True)
+    supports: Supports | None = field(init=False, repr=False)
     _rows: Rows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,8 +111,8 @@ class LayerProgram:
             raise ArgumentError(f"activation={self.activation!r}; expected 'relu' or None")
         if self.consistency not in ("relaxed", "paper"):
             raise ArgumentError(f"consistency={self.consistency!r}; expected 'relaxed' or 'paper'")
-        if self.penalty != "l1":
-            raise ArgumentError(f"penalty={self.penalty!r}; expected 'l1'")
+        if self.penalty not in ("l1", "l0"):
+            raise ArgumentError(f"penalty={self.penalty!r}; expected 'l1' or 'l0'")
         self._check_level()
         if self.upper is not None and not self.one_sided:
             raise ArgumentError("upper was given; it belongs to consistency='paper' with activation='relu'")
@@ -108,12 +123,16 @@ class LayerProgram:
             if getattr(rows, name) is not None:
                 put(name, getattr(rows, name))
         put("l1_weights", self._expand_l1_weights())
+        put("supports", self._make_supports())
 
     def _check_level(self) -> None:
-        if (self.epsilon is None) == (self.regularization is None):
+        given = [name for name in ("epsilon", "regularization", "nonzeros") if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ArgumentError(
-                f"epsilon={self.epsilon!r} and regularization={self.regularization!r}; expected exactly one of them (a budget, or a penalty)"
+                f"{' and '.join(given) or 'nothing'} given; expected exactly one of epsilon (a budget), regularization (a penalty) and nonzeros"
             )
+        if self.penalty == "l0" and self.regularization is not None:
+            raise ArgumentError("penalty='l0' was given with regularization; expected it with epsilon or nonzeros")
         for name, smallest in (("epsilon", 0.0), ("regularization", None)):
             value = getattr(self, name)
             if value is None:
@@ -135,6 +154,29 @@ class LayerProgram:
         if bool((omega < 0).any()):
             raise ArgumentError("l1_weights hold negative numbers; the objective would not be convex")
         return omega
+
+    def _make_supports(self) -> Supports | None:
+        """The supports that may be kept; None for the convex programs."""
+        options = {"pattern": self.pattern != "unstructured", "importance": self.importance is not None, "support": self.support is not None}
+        if self.nonzeros is None and self.penalty == "l1":
+            given = [name for name, value in options.items() if value]
+            if given:
+                raise ArgumentError(f"{given[0]} was given; it belongs to programs with nonzeros or penalty='l0'")
+            return None
+        if self.one_sided or self.upper is not None:
+            raise ArgumentError("consistency='paper' was given with nonzeros or penalty='l0'; expected 'relaxed'")
+        omega = self.l1_weights
+        assert isinstance(omega, Tensor)
+        if omega.ndim == 2:
+            raise ArgumentError("l1_weights of shape (M, N) were given with nonzeros or penalty='l0'; expected (N,), 0 for columns that don't count")
+        if self.importance is not None:
+            importance = as_rows(self.importance, "importance", omega)
+            if importance.shape != (self.shape[0],) or bool((importance <= 0).any()):
+                raise ArgumentError(f"importance has shape {tuple(importance.shape)}; expected ({self.shape[0]},), all above 0")
+            object.__setattr__(self, "importance", importance)
+        if self.support is not None and (self.support.dtype != torch.bool or tuple(self.support.shape) != self.shape):
+            raise ArgumentError(f"support is {self.support.dtype} {tuple(self.support.shape)}; expected torch.bool {self.shape}")
+        return make_supports(self.pattern, self.nonzeros, omega > 0, self.shape, self.support)
 
     # -- what the program is ---------------------------------------------------------------------------------------------------
 
@@ -186,17 +228,19 @@ class LayerProgram:
     @property
     def omega(self) -> Tensor:
         """Ω, (P, M) bool."""
-        return torch.cat([Y > 0 if self.relu else torch.ones_like(Y, dtype=torch.bool) for _, _, Y, _ in self.row_chunks(self.dtype)])
+        return torch.cat([Y > 0 if self.relu else torch.ones_like(Y, dtype=torch.bool) for _, Y, _ in self.target_chunks(self.dtype)])
 
     @property
     def target_norm(self) -> float:
         """``‖Y‖_F``."""
-        return math.sqrt(sum(float(Y.square().sum()) for _, _, Y, _ in self.row_chunks()))
+        return math.sqrt(sum(float(Y.square().sum()) for _, Y, _ in self.target_chunks(torch.float64)))
 
     @property
     def description(self) -> str:
         """Kind of program in words, for messages."""
-        level = "budget" if self.epsilon is not None else "penalised"
+        level = "budget" if self.epsilon is not None else "penalised" if self.nonzeros is None else "nonzeros"
+        if self.supports is not None and self.epsilon is not None:
+            level = "l0 budget"
         return f"{level} program on the {'no-ReLU' if not self.relu else self.consistency} set"
 
     def row_chunks(
@@ -207,13 +251,14 @@ class LayerProgram:
 
     def target_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """``(rows, Y, V)`` chunk by chunk, for what needs no inputs."""
-        for rows, _, Y, V in self.row_chunks(dtype):
-            yield rows, Y, V
+        return self._rows.target_chunks(dtype)
 
     # -- the primal side -------------------------------------------------------------------------------------------------------
 
     def norm(self, W: Tensor) -> float:
-        """``Σ ω|w|`` for W of shape (M, N)."""
+        """``Σ ω|w|`` for W of shape (M, N); the number of nonzeros that count, where that is what the program is about."""
+        if self.supports is not None:
+            return float(self.supports.count(W))
         omega = self.l1_weights.expand(self.shape)  # type: ignore[union-attr]
         return sum(float((omega[block].double() * W[block].double().abs()).sum()) for block in self.neuron_blocks())
 
@@ -241,11 +286,13 @@ class LayerProgram:
         return Measures(on, off, math.sqrt(out))
 
     def objective(self, W: Tensor) -> float:
-        """``Σ ω|w|`` of a budget program; ``λ Σ ω|w| + ½ · misfit`` of a penalised one."""
-        return self.value(self.norm(W), 0.0 if self.regularization is None else self.misfit(W))
+        """``Σ ω|w|`` of a budget program (nonzeros for ``"l0"``); ``λ Σ ω|w| + ½ · misfit`` of a penalised one; ``½ · misfit`` for ``nonzeros``."""
+        return self.value(self.norm(W), 0.0 if self.epsilon is not None else self.misfit(W))
 
     def value(self, norm: float, misfit: float) -> float:
-        """The objective from its parts, ``Σ ω|w|`` and the misfit (of which a budget program's has none)."""
+        """The objective from its parts, what :meth:`norm` says and the misfit (of which a budget program's has none)."""
+        if self.nonzeros is not None:
+            return 0.5 * misfit
         return norm if self.regularization is None else self.regularization * norm + 0.5 * misfit
 
     def misfit(self, W: Tensor) -> float:
@@ -273,7 +320,11 @@ class LayerProgram:
 
     def violation(self, W: Tensor) -> float:
         """Largest relative excess over a constraint, 0 when all are met (see :meth:`violation_of`)."""
-        return self.violation_of(self.measure(W))
+        return max(self.violation_of(self.measure(W)), self.excess(W))
+
+    def excess(self, W: Tensor) -> float:
+        """By what share W has more nonzeros than may be kept, infinite where it breaks the pattern; 0 for the convex programs."""
+        return 0.0 if self.supports is None else self.supports.excess(W)
 
     def violation_of(self, measures: Measures) -> float:
         """``max((‖D‖_F − ε)/ε, ‖max(z − v, 0)‖_F/ε, 0)``, the second for the paper's set only (over ``‖Y‖_F`` in a penalised program)."""
@@ -291,7 +342,7 @@ class LayerProgram:
 
     def is_feasible(self, W: Tensor) -> bool:
         """Whether W keeps the budget (to rounding) and the one-sided constraints (to :data:`ONE_SIDED_TOLERANCE`)."""
-        return self.feasible_by(self.measure(W))
+        return self.excess(W) == 0 and self.feasible_by(self.measure(W))
 
     def feasible_by(self, measures: Measures) -> bool:
         """Feasibility, from the measures of some weights."""
@@ -312,7 +363,8 @@ class LayerProgram:
         * penalised: ``−Σ_Ω (½θ² + θy) − Σ_{Ωᶜ} ½θ²`` (the last sum is ``⟨θ, v⟩`` for the paper's set)
 
         Any ``theta`` is made feasible first: clipped at 0 off Ω, projected to ``a_jᵀθ = 0`` for columns with ``ω_j = 0``, and scaled neuron
-        by neuron with the factors that give the best bound. Both signs of convention fail safe: a useless ``theta`` gives 0.
+        by neuron with the factors that give the best bound. Both signs of convention fail safe: a useless ``theta`` gives 0. So does every one
+        for the programs that are not convex.
 
         Parameters
         ----------
@@ -323,4 +375,4 @@ class LayerProgram:
         float
             A lower bound on the optimal objective, at least 0.
         """
-        return best_bound(self, theta)[0]
+        return best_bound(self, theta)[0] if self.supports is None else 0.0

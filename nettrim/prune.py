@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
 from nettrim import capture, dispatch, layers, selection
-from nettrim.budgets import Budget, Layer, make_budget
+from nettrim.budgets import Budget, Layer, make_budget, make_selection
 from nettrim.certificate import Promise, certify, make_promise, network_bound
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
 from nettrim.options import Options, check_device
+from nettrim.patterns import parse
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
 from nettrim.selection import Pattern
@@ -52,9 +53,13 @@ def prune(
     model: nn.Module,
     calibration: Any,
     *,
-    epsilon: float | Mapping[str, float],
+    epsilon: float | Mapping[str, float] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    pattern: str = "unstructured",
     mode: str = "cascade",
     gamma: float = 1.1,
+    repair: float = 1.0,
+    preserve_zeros: bool = False,
     kappa: float = 1.0,
     consistency: str = "relaxed",
     penalty: str = "l1",
@@ -85,10 +90,21 @@ def prune(
     epsilon : float or mapping
         Budget on each layer's output discrepancy, relative to the Frobenius norm of that output; or ``{name or pattern: budget}``. In a cascade
         one number is the first layer's budget, and ``gamma`` sets the others'; a mapping sets every layer's own.
+    sparsity : float or mapping
+        Instead: the share of each layer's weights, biases apart, that is to be zero, exactly to one weight (one block); or ``{name or pattern:
+        share}``. The rest, and the biases, are the best that there are for the zeros chosen: nothing is shrunk.
+    pattern : str
+        Which weights may be zero together (:func:`nettrim.patterns.parse`): ``"unstructured"``; ``"n:m"``, n *kept* of every m inputs, which says
+        the sparsity; ``"block:RxC"``, blocks of R outputs and C inputs.
     mode : {"cascade", "parallel"}
         Whether a layer sees the inputs of the network pruned so far, or the dense network's.
     gamma : float
         Cascade: how far a layer may exceed, squared, what the dense weights would leave on the disturbed inputs.
+    repair : float
+        Cascade, with ``sparsity``: from 1, every layer makes up for what the layers before it broke (its targets are the dense network's outputs),
+        to 0, it keeps to its own weights on its disturbed inputs.
+    preserve_zeros : bool
+        With ``sparsity``: weights that are zero stay so, and count.
     kappa : float
         Cascade: a factor in (0, 1] on the last layer's squared budget, where ``gamma`` sets it (the risk coefficient of the 2017 supplement);
         may be infeasible.
@@ -146,8 +162,9 @@ def prune(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     options = Options(
-        epsilon, mode, gamma, kappa, consistency, penalty, solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure
-    )
+        epsilon, sparsity, pattern, repair, preserve_zeros, mode, gamma, kappa, consistency, penalty, solver, tol, max_iter, bias_weight, holdout,
+        max_rows, seed, on_failure,
+    )  # fmt: skip
     options.check()
     check_device(device)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
@@ -162,8 +179,11 @@ def prune(
     solve_on, keep_out = calibrations.split(calibrations.batches(calibration), holdout, seed)
     traced = trace(model, solve_on, run)
     names, skipped = selection.select(model, traced, targets, ignore)
-    relative, own = selection.relative_budgets(model, names, epsilon, skipped)
-    chosen = [layer for layer in traced.layers if layer.name in relative]
+    zeros = parse(pattern)
+    relative, own = ({}, True) if epsilon is None else selection.relative_budgets(model, names, epsilon, skipped)
+    asked = sparsity if zeros.share is None or isinstance(sparsity, Mapping) else 1 - zeros.share
+    shares = {} if asked is None else selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
+    chosen = [layer for layer in traced.layers if layer.name in relative or layer.name in shares]
     last = traced.layers[-1].name
     if kappa != 1 and last not in relative:
         raise ArgumentError(f"kappa={kappa} tightens the budget of the last layer, {last!r}, which is not pruned ({skipped[last]}); leave kappa at 1")
@@ -179,6 +199,12 @@ def prune(
         seen = _observe(model, pruned, layer, solve_on, run, device, two_streams=mode == "cascade")
         if max_rows is not None and max_rows < seen.inputs.shape[0]:
             seen, dropped_rows = _some_rows(seen, max_rows, seed), True
+        has_bias = layers.has_bias(layer.module)
+        if layer.name in shares:
+            share = shares[layer.name]
+            return seen, make_selection(
+                seen, sparsity=share, pattern=zeros, repair=repair, preserve_zeros=preserve_zeros, has_bias=has_bias
+            )
         budget = make_budget(
             seen,
             relative=relative[layer.name],
@@ -186,7 +212,7 @@ def prune(
             inflation=gamma * kappa if layer.name == last else gamma,
             consistency=consistency,
             bias_weight=bias_weight,
-            has_bias=layers.has_bias(layer.module),
+            has_bias=has_bias,
         )
         return seen, budget
 
@@ -198,8 +224,8 @@ def prune(
             skipped[seen.name] = f"kept dense: {stored.failure}"
             return stored.solution.status
         module = pruned.get_submodule(seen.name)
-        reports.append(_layer_report(module, seen, budget, stored))
-        promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, budget.promise, budget.inflation)
+        reports.append(_layer_report(module, seen, stored))
+        promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, stored.promise, budget.inflation)
         return stored.solution.status
 
     with Progress(progress, len(chosen)) as report_progress, contextlib.closing(dispatch.solutions(chosen, prepare, options, executor)) as solved:
@@ -271,14 +297,14 @@ def _observe(
         disturbed = not torch.equal(seen, A)
         A = seen
     Y = Z.clamp(min=0) if layer.activation == "relu" else Z
-    return Layer(layer.name, A, Y, layers.as_matrix(layer.module).to(A), layer.activation, disturbed)
+    return Layer(layer.name, A, Y, Z, layers.as_matrix(layer.module).to(A), layer.activation, disturbed)
 
 
 def _some_rows(layer: Layer, count: int, seed: int) -> Layer:
     """``count`` of the layer's rows, in order; the same ones for the same seed and number of rows."""
     drawn = torch.randperm(layer.inputs.shape[0], generator=torch.Generator().manual_seed(seed))[:count]
     index = drawn.sort().values.to(layer.inputs.device)
-    return dataclasses.replace(layer, inputs=layer.inputs[index], targets=layer.targets[index])
+    return dataclasses.replace(layer, inputs=layer.inputs[index], targets=layer.targets[index], outputs=layer.outputs[index])
 
 
 def _failure(name: str, stored: Stored) -> NetTrimError:
@@ -286,7 +312,7 @@ def _failure(name: str, stored: Stored) -> NetTrimError:
     return kind(f"layer {name!r}: {stored.failure}. The model is unchanged; on_failure='keep_dense' would keep this layer dense and go on")
 
 
-def _layer_report(module: nn.Module, seen: Layer, budget: Budget, stored: Stored) -> LayerReport:
+def _layer_report(module: nn.Module, seen: Layer, stored: Stored) -> LayerReport:
     weight = module.get_parameter("weight")
     nonzeros = int((weight != 0).sum())
     norm = float(seen.targets.double().norm())
@@ -297,7 +323,7 @@ def _layer_report(module: nn.Module, seen: Layer, budget: Budget, stored: Stored
         rows=seen.inputs.shape[0],
         nonzeros=nonzeros,
         density=nonzeros / weight.numel(),
-        epsilon=budget.promise,
+        epsilon=stored.promise,
         discrepancy=stored.discrepancy,
         relative_discrepancy=stored.discrepancy / norm if norm > 0 else 0.0 if stored.discrepancy == 0 else math.inf,
         objective=solution.objective,

@@ -16,6 +16,7 @@ from torch import Tensor
 from nettrim.errors import ArgumentError
 
 CHUNK_ELEMENTS = 2_000_000
+PICKED_ELEMENTS = 32_000_000  # of some columns of rows in memory: up to here they are copied, beyond picked anew from every chunk
 BLOCK_ELEMENTS = 250_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
 
 Stream = Callable[[], Iterable[Any]]
@@ -95,6 +96,7 @@ class Rows:
         self._target_stream: Stream | None = None
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
+        self._copy: tuple[Tensor, Tensor] | None = None  # indices of columns, and those columns
         self.in_memory = isinstance(inputs, (Tensor, np.ndarray)) and not isinstance(inputs, np.memmap)
         if callable(inputs) and not isinstance(inputs, (Tensor, np.ndarray)):
             self._stream = inputs
@@ -158,19 +160,46 @@ class Rows:
     def chunks(self, dtype: torch.dtype, columns: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """``(rows, A, Y, V)`` chunk by chunk in ``dtype``; of ``A`` only some columns, if their indices are given."""
 
-        def some(A: Tensor) -> Tensor:
-            return (A if columns is None else A.index_select(1, columns)).to(dtype)
-
         step = max(1, CHUNK_ELEMENTS // (self.width + self.outputs))
         if self.inputs is not None and self.targets is not None:
+            inputs, columns = self._picked(columns)
             for start in range(0, self.count, step):
                 rows = slice(start, min(start + step, self.count))
                 V = None if self.upper is None else self.upper[rows].to(dtype)
-                yield rows, some(self.inputs[rows]), self.targets[rows].to(dtype), V
+                yield rows, _some(inputs[rows], columns).to(dtype), self.targets[rows].to(dtype), V
             return
         start = 0
         for a, y in _batches(self._pairs(), step):
-            yield slice(start, start + len(a)), some(a), y.to(dtype), None
+            yield slice(start, start + len(a)), _some(a, columns).to(dtype), y.to(dtype), None
             start += len(a)
         if start != self.count:
             raise ArgumentError(f"the stream of inputs gave {start} rows after {self.count} the first time; expected the same rows each time")
+
+    def target_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """``(rows, Y, V)`` of the same chunks, without the inputs being read."""
+        step = max(1, CHUNK_ELEMENTS // (self.width + self.outputs))
+        if self.targets is not None:
+            for start in range(0, self.count, step):
+                rows = slice(start, min(start + step, self.count))
+                yield rows, self.targets[rows].to(dtype), None if self.upper is None else self.upper[rows].to(dtype)
+            return
+        assert self._target_stream is not None
+        start = 0
+        for y, _ in _batches(((Y, Y) for Y in (as_rows(chunk, "targets").to(self.device) for chunk in self._target_stream())), step):
+            yield slice(start, start + len(y)), y.to(dtype), None
+            start += len(y)
+
+    def _picked(self, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The inputs, and which of their columns are still to be picked: none where a copy of them is small enough to keep."""
+        assert self.inputs is not None
+        if columns is None or not self.in_memory or self.count * len(columns) > PICKED_ELEMENTS:
+            self._copy = None
+            return self.inputs, columns
+        if self._copy is None or self._copy[0] is not columns:
+            self._copy = None  # before the next is made
+            self._copy = columns, self.inputs.index_select(1, columns)
+        return self._copy[1], None
+
+
+def _some(A: Tensor, columns: Tensor | None) -> Tensor:
+    return A if columns is None else A.index_select(1, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 
 from torch import nn
@@ -84,7 +84,14 @@ def _listed(patterns: Iterable[Pattern] | Pattern, argument: str) -> list[Patter
 def relative_budgets(
     model: nn.Module, names: list[str], epsilon: object, skipped: dict[str, str]
 ) -> tuple[dict[str, float], bool]:
-    """Each layer's relative budget, and whether it is the layer's own (a mapping) or one for all.
+    """Each layer's relative budget, and whether it is the layer's own (a mapping) or one for all; see :func:`per_layer`."""
+    return per_layer(model, names, epsilon, "epsilon", _positive, skipped), isinstance(epsilon, Mapping)
+
+
+def per_layer(
+    model: nn.Module, names: list[str], given: object, argument: str, checked: Callable[[object, str], float], skipped: dict[str, str]
+) -> dict[str, float]:
+    """What is given for every layer: one number for all, or a mapping.
 
     In a mapping a name counts before a pattern, and the first pattern that matches before later ones; layers that no key matches are added to
     ``skipped``.
@@ -92,26 +99,39 @@ def relative_budgets(
     Raises
     ------
     ArgumentError
-        No finite number above 0, or a key that matches no layer.
+        A number that ``checked(value, what it is)`` refuses, or a key that matches no layer.
     """
-    if not isinstance(epsilon, Mapping):
-        return dict.fromkeys(names, _positive(epsilon, "epsilon")), False
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, checked(given, argument))
     known = {name: model.get_submodule(name) for name in names}
-    keys = _check(epsilon, "epsilon", known)
-    values = {key: _positive(epsilon[key], f"epsilon[{key!r}]") for key in keys}
+    keys = _check(given, argument, known)
+    values = {key: checked(given[key], f"{argument}[{key!r}]") for key in keys}
     found: dict[str, float] = {}
     for name, module in known.items():
         by_order = [name] * (name in values) + [key for key in keys if matches(key, name, module)]
         if by_order:
             found[name] = values[by_order[0]]
         else:
-            skipped[name] = "no key of the epsilon mapping matches it"
+            skipped[name] = f"no key of the {argument} mapping matches it"
     if not found:
-        raise ArgumentError("the epsilon mapping is empty; expected {name or pattern: relative budget}")
-    return found, True
+        raise ArgumentError(f"the {argument} mapping is empty; expected {{name or pattern: number}}")
+    return found
 
 
 def _positive(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ArgumentError(f"{name}={value!r}; expected a finite number above 0 (a share of the layer's output norm)")
+    return float(value)
+
+
+def share_of_zeros(value: object, name: str) -> float:
+    """A sparsity.
+
+    Raises
+    ------
+    ArgumentError
+        No number from 0 to 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ArgumentError(f"{name}={value!r}; expected a number from 0 to 1 (the share of the weights to be zero)")
     return float(value)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nettrim import layers
-from nettrim.budgets import Budget, Layer
-from nettrim.certificate import stored_discrepancy
+from nettrim.budgets import Budget, Layer, misfit
+from nettrim.certificate import make_promise, rounding, stored_discrepancy
 from nettrim.errors import ArgumentError
 from nettrim.solvers import Solution, solve
 from nettrim.solvers.base import relative_gap
@@ -32,12 +32,15 @@ class Stored:
         that of the budget promised, and iterations and seconds are those of all attempts.
     discrepancy : float
         Measured by running the stored layer; infinite if nothing was stored.
+    promise : float
+        What it may be.
     failure : str or None
         Why the layer is as it was.
     """
 
     solution: Solution
     discrepancy: float
+    promise: float
     failure: str | None
 
 
@@ -49,7 +52,9 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
     After any failure the module holds what it held.
     """
     if solution.status not in ("optimal", "feasible"):
-        return Stored(solution, math.inf, _explain(solution, budget))
+        return Stored(solution, math.inf, math.nan, _explain(solution, budget))
+    if budget.promise is None:
+        return _store_as_is(module, layer, solution)
     before = layers.as_matrix(module)
     lower_bound, program, discrepancy = solution.lower_bound, budget.program, math.inf
     promised = program.epsilon or 0.0
@@ -58,10 +63,11 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
         try:
             layers.write_back(module, solution.weights)
         except ArgumentError as error:  # beyond the range of the dtype; the module is as it was
-            return Stored(_unstored(solution), math.inf, str(error))
+            return Stored(_unstored(solution), math.inf, budget.promise, str(error))
         discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
         if discrepancy <= budget.promise:
-            return Stored(_as_stored(solution, layers.as_matrix(module), budget, lower_bound, tol), discrepancy, None)
+            as_stored = _as_stored(solution, layers.as_matrix(module), budget, lower_bound, tol)
+            return Stored(as_stored, discrepancy, budget.promise, None)
         layers.write_back(module, before)
         epsilon = program.epsilon or 0.0
         left = epsilon**2 - 1.2 * (discrepancy**2 - min(solution.discrepancy, budget.promise) ** 2) - 1e-9 * epsilon**2
@@ -79,9 +85,28 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
     return Stored(
         _unstored(solution),
         math.inf,
+        budget.promise,
         f"stored in {dtype}, the layer's discrepancy is {discrepancy:.9g}, above the {budget.promise:.9g} promised; expected rounding to "
         "cost less: raise epsilon, or give the model in a wider dtype",
     )
+
+
+def _store_as_is(module: nn.Module, layer: Layer, solution: Solution) -> Stored:
+    """Write a solution that promises what it leaves: ``√F`` of the stored weights, and what rounding can add to it when the layer is run."""
+    before = layers.as_matrix(module)
+    try:
+        layers.write_back(module, solution.weights)
+    except ArgumentError as error:
+        return Stored(_unstored(solution), math.inf, math.nan, str(error))
+    promised = math.sqrt(misfit(layer, layers.as_matrix(module).to(layer.inputs)))
+    promise = make_promise(module, layer.inputs, layer.targets, layer.dense, promised, None)
+    epsilon = promised + rounding(module, promise.rows, promise.output_norm, promise.sums_norm)
+    discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
+    if discrepancy <= epsilon:
+        return Stored(solution, discrepancy, epsilon, None)
+    layers.write_back(module, before)
+    reason = f"the stored layer's discrepancy is {discrepancy:.9g}; expected at most {epsilon:.9g}: is the layer what it computes?"
+    return Stored(_unstored(solution), math.inf, epsilon, reason)
 
 
 def _unstored(solution: Solution) -> Solution:

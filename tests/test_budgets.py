@@ -15,7 +15,8 @@ def layer(activation: str | None, *, disturbed: bool, seed: int = 0, rows: int =
     W = torch.randn(4, 7, generator=generator, dtype=torch.float64)
     Y = A @ W.T
     noise = 0.1 * torch.randn(A.shape, generator=generator, dtype=torch.float64) if disturbed else 0 * A
-    return Layer("fc", (A + noise).to(dtype), (Y.clamp(min=0) if activation else Y).to(dtype), W.to(dtype), activation, disturbed)
+    targets = Y.clamp(min=0) if activation else Y
+    return Layer("fc", (A + noise).to(dtype), targets.to(dtype), Y.to(dtype), W.to(dtype), activation, disturbed)
 
 
 def parts(given: Layer) -> tuple[Tensor, float, float]:

@@ -95,3 +95,15 @@ def test_rows_come_in_batches_of_one_size_however_they_are_streamed(pieces, monk
         assert torch.equal(one[1], other[1])
         assert torch.equal(one[1], A[one[0]][:, columns])
         assert torch.equal(one[2], other[2])
+
+
+def test_targets_come_in_the_same_batches_without_the_inputs(monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 12)
+    A, Y = torch.ones(7, 3, dtype=torch.float64), torch.arange(7, dtype=torch.float64).view(7, 1)
+    read = []
+    streamed = nettrim.LayerProgram(lambda: read.append(1) or A.split(2), lambda: Y.split(2), epsilon=1.0)
+    before = len(read)
+    for one, other in zip(streamed.target_chunks(torch.float32), streamed.row_chunks(torch.float32), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[2])
+    assert len(read) == before + 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.programs import LayerProgram
 from nettrim.rows import as_rows
-from nettrim.solvers import admm, blocks, cvxpy, gram_admm, osqp, prox_admm
+from nettrim.solvers import admm, blocks, cvxpy, gram_admm, osqp, prox_admm, topk_admm
 from nettrim.solvers.base import STATUSES, Solution, Solver, judge
 from nettrim.solvers.presolve import presolve
 
@@ -27,6 +27,7 @@ SOLVERS: dict[str, Solver] = {
     admm.NAME: Solver(admm.NAME, admm.refuses, admm.run, 5000),
     osqp.NAME: Solver(osqp.NAME, osqp.refuses, osqp.run, 20000),
     cvxpy.NAME: Solver(cvxpy.NAME, cvxpy.refuses, cvxpy.run, 200),
+    topk_admm.NAME: Solver(topk_admm.NAME, topk_admm.refuses, topk_admm.run, 100),
 }
 
 
@@ -49,8 +50,15 @@ def _choose(name: str, program: LayerProgram) -> Solver:
     """The solver called ``name``; for ``"auto"`` the one measured to be fastest for the kind of program (docs/solvers.md)."""
     check_solver(name)
     if name == "auto":
-        name = prox_admm.NAME if program.relu else gram_admm.NAME
+        name = topk_admm.NAME if program.supports is not None else prox_admm.NAME if program.relu else gram_admm.NAME
     return SOLVERS[name]
+
+
+def _refusal(solver: Solver, program: LayerProgram) -> str | None:
+    """Why a solver does not take a program, or None."""
+    if program.supports is not None and solver.name != topk_admm.NAME:
+        return "it is for convex programs"
+    return solver.refuses(program)
 
 
 @contextlib.contextmanager
@@ -87,7 +95,8 @@ def solve(
     solver : str
         ``"auto"`` (one of the next two), ``"prox_admm"`` (every program), ``"gram_admm"`` (no ReLU: one pass over the rows), ``"admm"`` (the
         journal paper's: budgets, paper's set or no ReLU), ``"osqp"``
-        (penalised programs) or ``"cvxpy"`` (every program, by Clarabel: slow, the oracle).
+        (penalised programs) or ``"cvxpy"`` (every convex program, by Clarabel: slow, the oracle). ``"topk_admm"`` takes those that are not convex
+        (``nonzeros=``, ``penalty="l0"``), and so does ``"auto"`` then.
     tol : float
         Relative duality gap at which the solution is called optimal.
     max_iter : int, optional
@@ -122,14 +131,14 @@ def solve(
     start = None if initial is None else as_rows(initial, "initial", torch.empty(0, dtype=program.dtype, device=program.device))
     if start is not None and tuple(start.shape) != program.shape:
         raise ArgumentError(f"initial has shape {tuple(start.shape)}; expected (M, N) = {program.shape}")
-    reason = chosen.refuses(program)
+    reason = _refusal(chosen, program)
     if reason is not None:
-        able = [name for name, other in SOLVERS.items() if other.refuses(program) is None]
+        able = [name for name, other in SOLVERS.items() if _refusal(other, program) is None]
         raise UnsupportedProgramError(
             f"solver={chosen.name!r} does not take a {program.description}: {reason}. These do: {', '.join(able)}"
         )
     if neurons is not None and neurons < program.shape[0]:
-        reason = blocks.refuses(program)
+        reason = blocks.refuses(program) if program.supports is None else "its weights are counted over all of them"
         if reason is not None:
             raise UnsupportedProgramError(f"neurons={neurons}: blocks of neurons don't do for a {program.description}: {reason}")
         return blocks.run(program, solve, solver, float(tol), max_iter, start, neurons, executor)

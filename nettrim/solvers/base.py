@@ -134,7 +134,8 @@ def judge(
     W = W.detach().to(program.device, program.dtype)
     measures = measures or program.measure(W)
     objective = program.value(program.norm(W), program.misfit_of(measures))
-    feasible = program.feasible_by(measures)
+    excess = program.excess(W)
+    feasible = excess == 0 and program.feasible_by(measures)
     gap = relative_gap(objective, lower_bound) if feasible else math.inf
     if feasible:
         status = "optimal" if gap <= tol else "feasible"
@@ -147,7 +148,7 @@ def judge(
         lower_bound=lower_bound,
         gap=gap,
         discrepancy=measures.discrepancy,
-        violation=program.violation_of(measures),
+        violation=max(excess, program.violation_of(measures)),
         iterations=iterations,
         seconds=seconds,
         solver=solver,

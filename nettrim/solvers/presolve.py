@@ -45,9 +45,9 @@ class Presolved:
 def presolve(program: LayerProgram, *, inputs_too: bool = True) -> Presolved:
     """Drop dead neurons, and dead inputs unless the solver does, where they are many enough.
 
-    Streamed and memory-mapped rows stay as they are, not to be copied.
+    Streamed and memory-mapped rows stay as they are, not to be copied; and programs that are not convex, whose weights are counted.
     """
-    if not program.in_memory:
+    if not program.in_memory or program.supports is not None:
         return Presolved(program, None, None, program.shape)
     assert isinstance(program.inputs, Tensor) and isinstance(program.targets, Tensor)
     M, N = program.shape

@@ -1,0 +1,174 @@
+"""Sparsity patterns: which sets of weights may be kept, and the nearest point to a matrix with such a set."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nettrim.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A set of allowed supports of an (M, N) weight matrix.
+
+    Attributes
+    ----------
+    text : str
+        As it was given: ``"unstructured"``; ``"n:m"``, n kept of every m along the inputs (other tools count the zeros); ``"block:RxC"``, whole
+        blocks of R outputs by C inputs.
+    kept_of : (int, int) or None
+        n and m.
+    block : (int, int)
+        R and C; (1, 1) where every weight is on its own.
+    """
+
+    text: str
+    kept_of: tuple[int, int] | None
+    block: tuple[int, int]
+
+    @property
+    def share(self) -> float | None:
+        """Share of the weights that the pattern itself keeps; None where a sparsity says it."""
+        return None if self.kept_of is None else self.kept_of[0] / self.kept_of[1]
+
+    def check(self, shape: tuple[int, int], what: str) -> None:
+        """Refuse a shape that the pattern does not tile.
+
+        Raises
+        ------
+        ArgumentError
+            Naming ``what`` has it.
+        """
+        M, N = shape
+        rows, columns = (1, self.kept_of[1]) if self.kept_of is not None else self.block
+        if M % rows or N % columns:
+            raise ArgumentError(
+                f"{what} has weights of shape {shape}, which pattern={self.text!r} does not tile; expected outputs divisible by {rows} and inputs by "
+                f"{columns}: leave the layer out (ignore) or choose another pattern"
+            )
+
+    def kept(self, shape: tuple[int, int], sparsity: float) -> int:
+        """How many weights are kept at a sparsity: the nearest number there can be, halves kept."""
+        size = math.prod(self.block)
+        total = math.prod(shape)
+        if self.kept_of is not None:
+            return total // self.kept_of[1] * self.kept_of[0]
+        return math.floor((1 - sparsity) * total / size + 0.5 + 1e-9) * size
+
+    def mask(self, scores: Tensor, kept: int) -> Tensor:
+        """The allowed support of ``kept`` weights with the largest sum of scores: (M, N) bool, with exactly so many True.
+
+        For scores ``x²`` this is the support of the nearest allowed matrix to ``x``.
+        """
+        M, N = scores.shape
+        if self.kept_of is not None:
+            n, m = self.kept_of
+            groups = scores.view(M, N // m, m)
+            mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n, dim=2).indices, True)
+            return mask.view(M, N)
+        R, C = self.block
+        sums = scores if (R, C) == (1, 1) else scores.view(M // R, R, N // C, C).sum((1, 3))
+        chosen = torch.zeros(sums.numel(), dtype=torch.bool, device=scores.device)
+        chosen[sums.flatten().topk(kept // (R * C)).indices] = True
+        return chosen.view(sums.shape).repeat_interleave(R, 0).repeat_interleave(C, 1)
+
+    def allows(self, mask: Tensor) -> bool:
+        """Whether a support (M, N) is one of the pattern's, or part of one."""
+        M, N = mask.shape
+        if self.kept_of is not None:
+            n, m = self.kept_of
+            return bool((mask.view(M, N // m, m).sum(2) <= n).all())
+        return True
+
+
+UNSTRUCTURED = Pattern("unstructured", None, (1, 1))
+
+
+def parse(text: object) -> Pattern:
+    """A pattern from its text.
+
+    Raises
+    ------
+    ArgumentError
+        It is none.
+    """
+    if text == "unstructured":
+        return UNSTRUCTURED
+    found = re.fullmatch(r"(\d+):(\d+)|block:(\d+)x(\d+)", text) if isinstance(text, str) else None
+    if found is not None:
+        n, m, rows, columns = (None if group is None else int(group) for group in found.groups())
+        if n is not None and m is not None and 0 < n <= m:
+            return Pattern(str(text), (n, m), (1, 1))
+        if rows and columns:
+            return Pattern(str(text), None, (rows, columns))
+    raise ArgumentError(f"pattern={text!r}; expected 'unstructured', 'n:m' (n kept of every m inputs, as '2:4') or 'block:RxC' (as 'block:4x4')")
+
+
+@dataclass(frozen=True, eq=False)
+class Supports:
+    """The supports that a program allows.
+
+    Attributes
+    ----------
+    pattern : Pattern
+    kept : int
+        How many of the counted weights may be kept.
+    counted : Tensor, (N,) bool
+        The columns that count; of the others (a free bias) every weight is kept.
+    allowed : Tensor or None, (M, N) bool
+        Where only some weights may be kept at all.
+    """
+
+    pattern: Pattern
+    kept: int
+    counted: Tensor
+    allowed: Tensor | None
+
+    def nearest(self, scores: Tensor) -> Tensor:
+        """The support (M, N) with the largest sum of the ``scores``, all at least 0."""
+        if self.allowed is not None:
+            scores = torch.where(self.allowed, scores, -1.0)
+        mask = torch.ones_like(scores, dtype=torch.bool)
+        mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)
+        return mask if self.allowed is None else mask & self.allowed
+
+    def count(self, W: Tensor) -> int:
+        """Nonzeros of (M, N) weights, those in columns that count."""
+        return int((W[:, self.counted] != 0).sum())
+
+    def excess(self, W: Tensor) -> float:
+        """By what share weights have more nonzeros than may be kept; infinite where they break the pattern, or hold one that may not be kept."""
+        mask = W != 0
+        if not self.pattern.allows(mask[:, self.counted]) or (self.allowed is not None and bool((mask & ~self.allowed).any())):
+            return math.inf
+        return max(0.0, (self.count(W) - self.kept) / max(self.kept, 1))
+
+
+def make_supports(text: str, nonzeros: int | None, counted: Tensor, shape: tuple[int, int], allowed: Tensor | None) -> Supports:
+    """The supports of a program of ``shape`` (M, N): ``nonzeros`` of its ``counted`` columns (all of them for None) in the pattern ``text``.
+
+    Raises
+    ------
+    ArgumentError
+        The pattern does not tile the weights, or there is no such number of them.
+    """
+    pattern = parse(text)
+    inner = (shape[0], int(counted.sum()))
+    pattern.check(inner, "the program")
+    total = math.prod(inner)
+    possible = total if pattern.share is None else pattern.kept(inner, 0.0)
+    kept = possible if nonzeros is None else nonzeros
+    if isinstance(kept, bool) or not isinstance(kept, int) or not 0 <= kept <= total:
+        raise ArgumentError(f"nonzeros={kept!r}; expected a whole number from 0 to {total}, the weights that count")
+    if pattern.share is not None and kept != possible:
+        raise ArgumentError(f"nonzeros={kept} with pattern={text!r}, which keeps {possible}; leave nonzeros at that")
+    if kept % math.prod(pattern.block):
+        raise ArgumentError(f"nonzeros={kept} with pattern={text!r}; expected a multiple of {math.prod(pattern.block)}")
+    if nonzeros is None and pattern is not UNSTRUCTURED:
+        raise ArgumentError(f"pattern={text!r} was given without nonzeros; a budget spends its zeros one by one: use pattern='unstructured'")
+    return Supports(pattern, kept, counted, allowed)

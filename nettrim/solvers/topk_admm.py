@@ -1,0 +1,198 @@
+"""``topk_admm``: the programs with a number of nonzeros, and the fewest nonzeros within a budget (``penalty="l0"``).
+
+Supports are chosen in Gram space (:mod:`nettrim.solvers.support`). Before a ReLU the misfit is no quadratic; at the present ``Z = A Wᵀ`` it is
+majorised by one, ``F(W') ≤ ‖A W'ᵀ − T‖_F²`` with ``T = Z − D``, equal at ``W' = W`` (``T`` lies in the set of which ``F`` is the squared distance).
+So a step that lowers the majorant lowers ``F``: supports and weights are improved on ``C = TᵀA``, which costs a pass over the rows for every new
+``T``.
+
+For a budget, the number of weights is sought on a few supports of different sizes, the smallest that keeps the budget is taken, and what costs
+least to remove is removed until nothing more can be.
+
+None of these programs is convex. The answer is feasible, its weights are the best on its support, and no bound says how far that support is from
+the best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nettrim.patterns import Supports
+from nettrim.programs import LayerProgram
+from nettrim.residual import residual
+from nettrim.solvers.base import Solution, judge
+from nettrim.solvers.feasibility import rounding_margin
+from nettrim.solvers.support import Fit, refit, search, swap
+
+NAME = "topk_admm"
+_FLOAT32_WORK = 1e6  # N²M from which supports are searched in single precision
+_RENEWALS = 12  # of T, after the search, with swaps on the first few
+_SWAP_RENEWALS = 3
+_SETTLED = 1e-4
+_SIZES = 8  # tried for a budget
+_CLOSE = 0.03
+_TRIMS = 40
+
+
+def refuses(program: LayerProgram) -> str | None:
+    return None if program.supports is not None else "it is for nonzeros= and penalty='l0'"
+
+
+@dataclass
+class _Problem:
+    """The program in columns of unit norm and neurons scaled by their importance: ``W_true = scale · W / column``."""
+
+    program: LayerProgram
+    G: Tensor  # (N, N)
+    column: Tensor  # (N,)
+    row: Tensor  # (M, 1), √importance
+    C: Tensor  # (M, N), of the present T
+    iterations: int = 0
+
+    def inner(self, W: Tensor) -> Tensor:
+        return W.double() * self.column * self.row
+
+    def true(self, W: Tensor) -> Tensor:
+        return W / self.column / self.row
+
+    def renew(self, W: Tensor) -> None:
+        """``C = TᵀA`` for the T of the weights ``W`` (inner)."""
+        self.C = _correlations(self.program, self.true(W)) / self.column * self.row
+
+
+def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None) -> Solution:
+    """Solve a program with a number of nonzeros, or for the fewest; ``max_iter`` limits the renewals of T before a ReLU."""
+    began = time.perf_counter()
+    supports = program.supports
+    assert supports is not None
+    problem = _pose(program, initial)
+    start = problem.inner(initial) if initial is not None else refit(problem.G, problem.C, _everything(program, supports)).W
+    if program.epsilon is None:
+        fit = _solve(problem, supports, start, max_iter)
+        W = problem.true(fit.W)
+        if initial is not None:  # what no row has seen stays as it is where it is kept, so that as many are kept as were asked for
+            W = torch.where(fit.mask & (problem.G.diagonal() == 0), initial.double(), W)
+    else:
+        W = _fewest(problem, supports, start, max_iter)
+    return judge(program, W, 0.0, tol=tol, iterations=problem.iterations, seconds=time.perf_counter() - began, solver=NAME)
+
+
+def _everything(program: LayerProgram, supports: Supports) -> Tensor:
+    allowed = supports.allowed
+    return torch.ones(program.shape, dtype=torch.bool, device=program.device) if allowed is None else allowed
+
+
+def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
+    M, N = program.shape
+    G = torch.zeros((N, N), dtype=torch.float64, device=program.device)
+    C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
+    for _, A, Y, V in program.row_chunks():
+        G.addmm_(A.T, A)
+        T = Y
+        if program.relu and initial is not None:
+            Z = A @ initial.double().T
+            T = Z - residual(Z, Y, V)
+        C.addmm_(T.T, A)
+    column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
+    row = torch.ones((M, 1), dtype=torch.float64, device=program.device)
+    if program.importance is not None:
+        row = program.importance.double().sqrt().unsqueeze(1)
+    return _Problem(program, G / column / column[:, None], column, row, C / column * row)
+
+
+def _correlations(program: LayerProgram, W: Tensor) -> Tensor:
+    """``TᵀA``, (M, N) float64, with ``T = Z − D`` at ``Z = A Wᵀ``."""
+    C = torch.zeros(program.shape, dtype=torch.float64, device=program.device)
+    for _, A, Y, V in program.row_chunks():
+        Z = A @ W.T
+        C.addmm_((Z - residual(Z, Y, V, relu=program.relu)).T, A)
+    return C
+
+
+def _solve(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> Fit:
+    """Search, swaps and refit for one number of nonzeros; the fit is that of the last T."""
+    M, N = problem.program.shape
+    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+    mask = search(problem.G, problem.C, supports, start, dtype)
+    problem.iterations += 1
+    fit = swap(problem.G, problem.C, supports, refit(problem.G, problem.C, mask))
+    if not problem.program.relu:
+        return fit
+    return _settle(problem, supports, fit, limit)
+
+
+def _settle(problem: _Problem, supports: Supports, fit: Fit, limit: int) -> Fit:
+    """Renew T and refit until the weights settle; every renewal lowers ``F``."""
+    for renewal in range(min(limit, _RENEWALS)):
+        before = fit.W
+        problem.renew(fit.W)
+        problem.iterations += 1
+        fit = refit(problem.G, problem.C, fit.mask)
+        if renewal < _SWAP_RENEWALS:
+            fit = swap(problem.G, problem.C, supports, fit)
+        if float((fit.W - before).norm()) <= _SETTLED * float(before.norm()):
+            break
+    return fit
+
+
+def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> Tensor:
+    """Weights (M, N), true, with the fewest nonzeros found whose misfit is within the budget; those with the least misfit if none is."""
+    program = problem.program
+    assert program.epsilon is not None
+    margin = rounding_margin(program, program.dtype)
+    budget = (program.epsilon * (1 - margin)) ** 2
+    total = supports.kept
+    everything = problem.true(refit(problem.G, problem.C, supports.nearest(torch.ones_like(start))).W)
+    zero = torch.zeros_like(everything)
+    if program.misfit(zero) <= budget:
+        return zero
+
+    best: tuple[int, Fit] | None = None
+    low, high = 0, total
+    low_excess, high_excess = math.log(max(program.misfit(zero), 1e-300) / budget), math.log(max(program.misfit(everything), 1e-300) / budget)
+    size = max(1, round(0.2 * total))
+    for _ in range(_SIZES):
+        fit = _solve(problem, dataclasses.replace(supports, kept=size), start, limit)
+        excess = math.log(max(program.misfit(problem.true(fit.W)), 1e-300) / budget)
+        start = fit.W
+        if excess <= 0:
+            high, high_excess, best = size, excess, (size, fit)
+        else:
+            low, low_excess = size, excess
+        if high - low <= 1 or (best is not None and high - low <= _CLOSE * high):
+            break
+        # between the two, the logarithm of the misfit is taken to be linear in the number of weights
+        share = low_excess / max(low_excess - high_excess, 1e-12)
+        size = min(max(round(low + min(max(share, 0.1), 0.9) * (high - low)), low + 1), max(high - 1, low + 1))
+    if best is None:
+        return everything
+    return problem.true(_trim(problem, supports, best[1], budget))
+
+
+def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Tensor:
+    """Remove what costs least, as much at a time as the budget allows; returns the weights (inner)."""
+    program = problem.program
+    step = max(1, int(_CLOSE * float(fit.mask.sum())))
+    for _ in range(_TRIMS):
+        cost = torch.where(fit.mask & supports.counted, fit.cost, torch.inf).flatten()
+        count = min(step, int((cost < torch.inf).sum()))
+        if count == 0:
+            break
+        mask = fit.mask.clone()
+        mask.view(-1)[cost.topk(count, largest=False).indices] = False
+        if program.relu:
+            problem.renew(fit.W)
+        trimmed = refit(problem.G, problem.C, mask)
+        problem.iterations += 1
+        if program.misfit(problem.true(trimmed.W)) <= budget:
+            fit = trimmed
+        elif step == 1:
+            break
+        else:
+            step = max(1, step // 3)
+    return fit.W

@@ -1,0 +1,238 @@
+"""Programs with a number of nonzeros: planted supports, the best of all supports, refits by normal equations, every pattern."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nettrim
+from nettrim import ArgumentError, LayerProgram, UnsupportedProgramError
+from nettrim.patterns import UNSTRUCTURED, Supports
+from nettrim.solvers.support import refit, search, swap
+
+
+def layer(P: int = 80, N: int = 8, M: int = 3, seed: int = 0, noise: float = 0.3, relu: bool = False):
+    """Correlated inputs and targets of dense weights, a few of which matter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    A = normal(P, 3) @ normal(3, N) + normal(P, N)
+    W = normal(M, N) * torch.where(torch.rand(M, N, generator=generator) < 0.3, 1.0, noise)
+    Z = A @ W.T
+    return A, (Z.clamp(min=0) if relu else Z), W
+
+
+def best_of_all(A: torch.Tensor, Y: torch.Tensor, kept: int) -> float:
+    """The least misfit over all supports of so many weights: per neuron the least squares of each subset, then the best split between neurons."""
+    N, M = A.shape[1], Y.shape[1]
+    least = torch.full((M, N + 1), math.inf, dtype=torch.float64)
+    for size in range(N + 1):
+        for subset in itertools.combinations(range(N), size):
+            chosen = A[:, list(subset)]
+            for m in range(M):
+                residual = Y[:, m] if not subset else Y[:, m] - chosen @ torch.linalg.lstsq(chosen, Y[:, m].unsqueeze(1)).solution.flatten()
+                least[m, size] = min(float(least[m, size]), float(residual.square().sum()))
+    return min(
+        sum(float(least[m, size]) for m, size in enumerate(sizes))
+        for sizes in itertools.product(range(N + 1), repeat=M)
+        if sum(sizes) == kept
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kept", [4, 8])
+def test_close_to_the_best_of_all_supports(seed, kept):
+    A, Y, _ = layer(N=6, M=2, seed=seed)
+    solution = nettrim.solve(LayerProgram(A, Y, nonzeros=kept, activation=None))
+    best = best_of_all(A, Y, kept)
+    assert int((solution.weights != 0).sum()) == kept
+    assert best * (1 - 1e-9) <= 2 * solution.objective <= 1.15 * best
+    assert solution.status == "feasible"
+    assert solution.violation == 0
+    assert solution.lower_bound == 0
+    assert solution.solver == "topk_admm"
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_planted_support_is_found(relu):
+    generator = torch.Generator().manual_seed(1)
+    A = torch.randn(400, 20, generator=generator, dtype=torch.float64)
+    W = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    W[W.abs() < 1] = 0
+    Y = A @ W.T
+    program = LayerProgram(A, Y.clamp(min=0) if relu else Y, nonzeros=int((W != 0).sum()), activation="relu" if relu else None)
+    solution = nettrim.solve(program, initial=W + 0.1 * torch.randn(6, 20, generator=generator, dtype=torch.float64))
+    assert torch.equal(solution.weights != 0, W != 0)
+    assert solution.discrepancy <= (1e-2 if relu else 1e-9) * float(Y.norm())
+
+
+@given(seed=st.integers(0, 200), share=st.floats(0.05, 0.95))
+@settings(deadline=None, max_examples=25)
+def test_a_refit_meets_the_normal_equations_on_its_support(seed, share):
+    A, Y, _ = layer(N=10, M=4, seed=seed)
+    norms = A.norm(dim=0)
+    G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
+    mask = torch.rand(4, 10, generator=torch.Generator().manual_seed(seed)) < share
+    fit = refit(G, C, mask)
+    assert not bool(fit.W[~mask].any())
+    assert float((fit.W @ G - C)[mask].abs().max() if bool(mask.any()) else 0) <= 1e-7 * float(C.abs().max())
+    assert fit.value == pytest.approx(float((fit.W * (0.5 * fit.W @ G - C)).sum()))
+    # the cost of a removal is what the misfit rises by
+    for m, j in torch.nonzero(mask)[:4].tolist():
+        without = mask.clone()
+        without[m, j] = False
+        assert refit(G, C, without).value - fit.value == pytest.approx(float(fit.cost[m, j]), rel=1e-5, abs=1e-9)
+
+
+def test_conjugate_gradients_refit_as_factors_do(monkeypatch):
+    A, Y, _ = layer(N=12, M=5, seed=3)
+    norms = A.norm(dim=0)
+    G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
+    mask = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    exact = refit(G, C, mask)
+    monkeypatch.setattr("nettrim.solvers.support._CHOLESKY_WORK", 0.0)
+    torch.testing.assert_close(refit(G, C, mask).W, exact.W, rtol=1e-6, atol=1e-6 * float(exact.W.abs().max()))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_swaps_only_lower_the_misfit_and_keep_the_pattern(pattern):
+    A, Y, _ = layer(P=200, N=16, M=6, seed=5)
+    norms = A.norm(dim=0)
+    G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
+    program = LayerProgram(A, Y, nonzeros=48, activation=None, pattern=pattern)
+    supports = program.supports
+    # from a bad support: the first weights
+    mask = supports.nearest(torch.arange(16, 0, -1, dtype=torch.float64).expand(6, 16).contiguous())
+    bad = refit(G, C, mask)
+    better = swap(G, C, supports, bad)
+    assert better.value < bad.value
+    assert int(better.mask.sum()) == 48
+    assert supports.pattern.allows(better.mask)
+    found = refit(G, C, search(G, C, supports, torch.zeros(6, 16, dtype=torch.float64), torch.float64))
+    assert swap(G, C, supports, found).value <= found.value
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "block:2x4", "block:1x8"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_patterns_are_kept_exactly(pattern, relu):
+    A, Y, W = layer(N=16, M=4, relu=relu, seed=2)
+    kept = nettrim.patterns.parse(pattern).kept((4, 16), 0.5)
+    program = LayerProgram(A, Y, nonzeros=kept, activation="relu" if relu else None, pattern=pattern)
+    solution = nettrim.solve(program, initial=W)
+    mask = solution.weights != 0
+    assert int(mask.sum()) == kept
+    assert program.excess(solution.weights) == 0
+    if pattern.startswith("block"):
+        R, C = (int(number) for number in pattern.removeprefix("block:").split("x"))
+        blocks = mask.view(4 // R, R, 16 // C, C).double().mean((1, 3))
+        assert set(blocks.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_a_column_that_does_not_count_is_kept_and_fitted():
+    A, _, W = layer(N=7)
+    A[:, -1] = 1
+    Y = A @ W.T
+    weights = torch.ones(7, dtype=torch.float64)
+    weights[-1] = 0
+    solution = nettrim.solve(LayerProgram(A, Y, nonzeros=0, activation=None, l1_weights=weights))
+    torch.testing.assert_close(solution.weights[:, -1], Y.mean(0))
+    assert not bool(solution.weights[:, :-1].any())
+
+
+def test_importance_moves_weights_to_the_neurons_that_matter():
+    A, Y, _ = layer(P=200, N=12, M=4, seed=4)
+    plain = nettrim.solve(LayerProgram(A, Y, nonzeros=16, activation=None)).weights
+    importance = torch.tensor([100.0, 1, 1, 1], dtype=torch.float64)
+    tilted = nettrim.solve(LayerProgram(A, Y, nonzeros=16, activation=None, importance=importance)).weights
+    assert int((tilted[0] != 0).sum()) > int((plain[0] != 0).sum())
+    assert int((tilted != 0).sum()) == 16
+
+
+def test_only_the_support_given_is_kept():
+    A, Y, W = layer(N=8, M=3)
+    support = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.6
+    solution = nettrim.solve(LayerProgram(A, Y, nonzeros=8, activation=None, support=support), initial=W)
+    assert not bool((solution.weights != 0)[~support].any())
+    assert int((solution.weights != 0).sum()) == 8
+
+
+def test_inputs_that_no_row_has_seen_keep_their_weights_where_they_are_kept():
+    A, Y, W = layer(N=6, M=2)
+    A = torch.cat([A, torch.zeros(80, 2, dtype=torch.float64)], 1)
+    W = torch.cat([W, torch.ones(2, 2, dtype=torch.float64)], 1)
+    solution = nettrim.solve(LayerProgram(A, Y, nonzeros=14, activation=None), initial=W)
+    assert int((solution.weights != 0).sum()) == 14
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_a_budget_is_kept_with_fewer_weights_than_the_l1_program(relu, share):
+    A, Y, W = layer(P=300, N=20, M=8, seed=7, relu=relu, noise=0.1)
+    options = {"epsilon": share * float(Y.norm()), "activation": "relu" if relu else None}
+    solution = nettrim.solve(LayerProgram(A, Y, penalty="l0", **options), initial=W)
+    shrunk = nettrim.solve(LayerProgram(A, Y, **options))
+    nonzeros = int((solution.weights != 0).sum())
+    assert solution.discrepancy <= options["epsilon"] * (1 + 1e-12)
+    assert solution.status == "feasible"
+    assert solution.objective == nonzeros < int((shrunk.weights != 0).sum())
+
+
+def test_a_budget_at_which_nothing_is_needed_keeps_nothing():
+    A, Y, _ = layer()
+    solution = nettrim.solve(LayerProgram(A, Y, penalty="l0", epsilon=1.01 * float(Y.norm()), activation=None))
+    assert not bool(solution.weights.any())
+
+
+def test_a_budget_that_only_dense_weights_keep_keeps_them():
+    A, Y, W = layer()
+    solution = nettrim.solve(LayerProgram(A, Y, penalty="l0", epsilon=1e-6 * float(Y.norm()), activation=None), initial=W)
+    assert solution.status == "feasible"
+    assert int((solution.weights != 0).sum()) == W.numel()
+
+
+def test_a_budget_that_nothing_keeps_is_not_called_kept():
+    A, _, _ = layer()
+    Y = torch.randn(80, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    solution = nettrim.solve(LayerProgram(A, Y, penalty="l0", epsilon=1e-3, activation=None))
+    assert solution.status == "iteration_limit"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonzeros": 3, "epsilon": 0.1}, "epsilon and nonzeros given; expected exactly one"),
+        ({}, "nothing given"),
+        ({"penalty": "l0", "regularization": 1.0}, "penalty='l0' was given with regularization"),
+        ({"nonzeros": 3, "consistency": "paper", "activation": "relu"}, "consistency='paper'"),
+        ({"epsilon": 1.0, "pattern": "2:4"}, "pattern was given; it belongs to"),
+        ({"epsilon": 1.0, "importance": torch.ones(3)}, "importance was given"),
+        ({"nonzeros": 3, "importance": torch.zeros(3)}, "all above 0"),
+        ({"nonzeros": 3, "support": torch.ones(3, 8)}, "expected torch.bool"),
+        ({"nonzeros": 3, "l1_weights": torch.ones(3, 8)}, r"shape \(M, N\)"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message):
+    A, Y, _ = layer()
+    with pytest.raises(ArgumentError, match=message):
+        LayerProgram(A, Y.clamp(min=0), **{"activation": None, **options})
+
+
+@pytest.mark.parametrize("solver", ["prox_admm", "gram_admm", "admm", "osqp", "cvxpy"])
+def test_the_convex_solvers_refuse_them_and_it_refuses_the_convex_programs(solver):
+    A, Y, _ = layer()
+    with pytest.raises(UnsupportedProgramError, match="topk_admm"):
+        nettrim.solve(LayerProgram(A, Y, nonzeros=3, activation=None), solver)
+    with pytest.raises(UnsupportedProgramError, match="it is for nonzeros="):
+        nettrim.solve(LayerProgram(A, Y, epsilon=1.0, activation=None), "topk_admm")
+
+
+def test_supports_are_the_same_for_the_same_program():
+    A, Y, W = layer(N=16, M=5)
+    solutions = [nettrim.solve(LayerProgram(A, Y, nonzeros=20, activation=None), initial=W).weights for _ in range(2)]
+    assert torch.equal(*solutions)
+    assert Supports(UNSTRUCTURED, 20, torch.ones(16, dtype=torch.bool), None).count(solutions[0]) == 20
