@@ -11,6 +11,7 @@ from nettrim.errors import (
 from nettrim.programs import LayerProgram
 from nettrim.prune import ProgressEvent, PruneResult, prune
 from nettrim.report import Certificate, LayerReport, Report
+from nettrim.shrinking import shrink
 from nettrim.solvers import Solution, solve
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "Solution",
     "UnsupportedProgramError",
     "prune",
+    "shrink",
     "solve",
     "__version__",
 ]

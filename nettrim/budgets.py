@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nettrim.patterns import Pattern
+from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
 
@@ -74,15 +74,17 @@ class Budget:
     inflation: float | None
 
 
-def make_budget(layer: Layer, *, relative: float, own: bool, inflation: float, consistency: str, bias_weight: float, has_bias: bool) -> Budget:
+def make_budget(
+    layer: Layer, *, relative: float, own: bool, inflation: float, consistency: str, penalty: str, bias_weight: float, has_bias: bool
+) -> Budget:
     """The program of one layer.
 
     ``relative`` is its share of ``‖Y‖_F``; ``own`` says that it was asked for this layer; ``inflation`` is ``γ`` (times ``κ``) and counts where the
-    layer's inputs are disturbed and the budget is not its own. ``bias_weight`` is ``ω`` of the bias column.
+    layer's inputs are disturbed and the budget is not its own. ``bias_weight`` is ``ω`` of the bias column; the ``"l0"`` penalty does not count it.
     """
     weights = torch.ones(layer.inputs.shape[1], dtype=layer.inputs.dtype, device=layer.inputs.device)
     if has_bias:
-        weights[-1] = bias_weight
+        weights[-1] = 0.0 if penalty == "l0" else bias_weight
     upper = _pre_activations(layer) if layer.disturbed and consistency == "paper" and layer.activation == "relu" else None
 
     def program(epsilon: float) -> LayerProgram:
@@ -90,6 +92,7 @@ def make_budget(layer: Layer, *, relative: float, own: bool, inflation: float, c
             layer.inputs,
             layer.targets,
             epsilon=epsilon,
+            penalty=penalty,
             activation=layer.activation,
             consistency=consistency,
             upper=upper,
@@ -109,34 +112,36 @@ def make_budget(layer: Layer, *, relative: float, own: bool, inflation: float, c
     return Budget(program(epsilon), promise, factor)
 
 
-def make_selection(layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, preserve_zeros: bool, has_bias: bool) -> Budget:
+def make_selection(layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, support: Tensor | None, has_bias: bool) -> Budget:
     """The program of one layer that is to have a share ``sparsity`` of zeros in a pattern.
 
     Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
     program sees ``G`` and ``C`` alone (what knowing of the ReLU brings is in docs/sparsity.md). The bias does not count and is fitted.
 
     Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
+    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do.
     """
     width = layer.dense.shape[1] - has_bias
     shape = (layer.dense.shape[0], width)
-    pattern.check(shape, f"layer {layer.name!r}")
     weights = torch.ones(layer.inputs.shape[1], dtype=layer.inputs.dtype, device=layer.inputs.device)
     weights[width:] = 0.0
     targets = layer.outputs
     if repair < 1 and layer.disturbed:
         targets = torch.lerp(layer.inputs @ layer.dense.T, targets, repair)
-    support = None
-    if preserve_zeros:
-        support = layer.dense != 0
-        support[:, width:] = True
+    if pattern is NEURON:
+        assert support is not None
+        pattern, kept = UNSTRUCTURED, int(support[:, :width].sum())
+    else:
+        pattern.check(shape, f"layer {layer.name!r}")
+        kept = pattern.kept(shape, sparsity)
     program = LayerProgram(
         layer.inputs,
         targets,
-        nonzeros=pattern.kept(shape, sparsity),
+        nonzeros=kept,
         activation=None,
         l1_weights=weights,
         pattern=pattern.text,
-        support=support,
+        support=None if support is None else support.to(layer.inputs.device),
     )
     return Budget(program, None, None)
 

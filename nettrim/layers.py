@@ -173,6 +173,14 @@ def as_matrix(module: nn.Module) -> Tensor:
     return torch.cat([matrix, module.get_parameter("bias").detach()[:, None]], dim=1)
 
 
+def nonzeros(module: nn.Module) -> Tensor:
+    """Which entries of the matrix (M, N) are not zero; a bias always counts as such."""
+    mask = as_matrix(module) != 0
+    if has_bias(module):
+        mask[:, -1] = True
+    return mask
+
+
 def write_back(module: nn.Module, matrix: Tensor) -> None:
     """Write a matrix into the layer's parameters, in place: the inverse of `as_matrix`, bit for bit.
 

@@ -50,11 +50,13 @@ class Options:
         for name, allowed in (
             ("mode", ("cascade", "parallel")),
             ("consistency", ("relaxed", "paper")),
-            ("penalty", ("l1",)),
+            ("penalty", ("l1", "l0")),
             ("on_failure", ("raise", "keep_dense")),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
+        if self.penalty == "l0" and self.consistency == "paper":
+            raise ArgumentError("penalty='l0' was given with consistency='paper'; expected 'relaxed': its one-sided constraints are not kept")
         if not isinstance(self.solver, str):
             raise ArgumentError(f"solver={self.solver!r}; expected the name of one, or 'auto'")
         check_solver(self.solver)

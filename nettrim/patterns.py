@@ -20,11 +20,11 @@ class Pattern:
     ----------
     text : str
         As it was given: ``"unstructured"``; ``"n:m"``, n kept of every m along the inputs (other tools count the zeros); ``"block:RxC"``, whole
-        blocks of R outputs by C inputs.
+        blocks of R outputs by C inputs; ``"neuron"``, whole outputs.
     kept_of : (int, int) or None
         n and m.
     block : (int, int)
-        R and C; (1, 1) where every weight is on its own.
+        R and C; (1, 1) where every weight is on its own, and C is 0 for the whole width.
     """
 
     text: str
@@ -45,16 +45,20 @@ class Pattern:
             Naming ``what`` has it.
         """
         M, N = shape
-        rows, columns = (1, self.kept_of[1]) if self.kept_of is not None else self.block
+        rows, columns = (1, self.kept_of[1]) if self.kept_of is not None else self.block_of(N)
         if M % rows or N % columns:
             raise ArgumentError(
                 f"{what} has weights of shape {shape}, which pattern={self.text!r} does not tile; expected outputs divisible by {rows} and inputs by "
                 f"{columns}: leave the layer out (ignore) or choose another pattern"
             )
 
+    def block_of(self, width: int) -> tuple[int, int]:
+        """R and C for weights of so many inputs."""
+        return self.block[0], self.block[1] or max(width, 1)
+
     def kept(self, shape: tuple[int, int], sparsity: float) -> int:
         """How many weights are kept at a sparsity: the nearest number there can be, halves kept."""
-        size = math.prod(self.block)
+        size = math.prod(self.block_of(shape[1]))
         total = math.prod(shape)
         if self.kept_of is not None:
             return total // self.kept_of[1] * self.kept_of[0]
@@ -71,7 +75,7 @@ class Pattern:
             groups = scores.view(M, N // m, m)
             mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n, dim=2).indices, True)
             return mask.view(M, N)
-        R, C = self.block
+        R, C = self.block_of(N)
         sums = scores if (R, C) == (1, 1) else scores.view(M // R, R, N // C, C).sum((1, 3))
         chosen = torch.zeros(sums.numel(), dtype=torch.bool, device=scores.device)
         chosen[sums.flatten().topk(kept // (R * C)).indices] = True
@@ -87,6 +91,7 @@ class Pattern:
 
 
 UNSTRUCTURED = Pattern("unstructured", None, (1, 1))
+NEURON = Pattern("neuron", None, (1, 0))
 
 
 def parse(text: object) -> Pattern:
@@ -99,6 +104,8 @@ def parse(text: object) -> Pattern:
     """
     if text == "unstructured":
         return UNSTRUCTURED
+    if text == "neuron":
+        return NEURON
     found = re.fullmatch(r"(\d+):(\d+)|block:(\d+)x(\d+)", text) if isinstance(text, str) else None
     if found is not None:
         n, m, rows, columns = (None if group is None else int(group) for group in found.groups())
@@ -106,7 +113,9 @@ def parse(text: object) -> Pattern:
             return Pattern(str(text), (n, m), (1, 1))
         if rows and columns:
             return Pattern(str(text), None, (rows, columns))
-    raise ArgumentError(f"pattern={text!r}; expected 'unstructured', 'n:m' (n kept of every m inputs, as '2:4') or 'block:RxC' (as 'block:4x4')")
+    raise ArgumentError(
+        f"pattern={text!r}; expected 'unstructured', 'n:m' (n kept of every m inputs, as '2:4'), 'block:RxC' (as 'block:4x4') or 'neuron'"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +176,9 @@ def make_supports(text: str, nonzeros: int | None, counted: Tensor, shape: tuple
         raise ArgumentError(f"nonzeros={kept!r}; expected a whole number from 0 to {total}, the weights that count")
     if pattern.share is not None and kept != possible:
         raise ArgumentError(f"nonzeros={kept} with pattern={text!r}, which keeps {possible}; leave nonzeros at that")
-    if kept % math.prod(pattern.block):
-        raise ArgumentError(f"nonzeros={kept} with pattern={text!r}; expected a multiple of {math.prod(pattern.block)}")
+    size = math.prod(pattern.block_of(inner[1]))
+    if kept % size:
+        raise ArgumentError(f"nonzeros={kept} with pattern={text!r}; expected a multiple of {size}")
     if nonzeros is None and pattern is not UNSTRUCTURED:
         raise ArgumentError(f"pattern={text!r} was given without nonzeros; a budget spends its zeros one by one: use pattern='unstructured'")
     return Supports(pattern, kept, counted, allowed)

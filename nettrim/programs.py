@@ -272,8 +272,9 @@ class LayerProgram:
         """One pass over the rows: misfit, one-sided excess and output discrepancy of W, (M, N)."""
         W = W.to(self.device)
         on = off = out = 0.0
-        for _, A, Y, V in self.row_chunks():
-            Z = torch.cat([A @ W[block].T.double() for block in self.neuron_blocks()], 1)
+        zero = not bool(W.any())
+        for _, A, Y, V in self.row_chunks() if not zero else ((rows, None, Y, V) for rows, Y, V in self.target_chunks(torch.float64)):
+            Z = torch.zeros_like(Y) if A is None else torch.cat([A @ W[block].T.double() for block in self.neuron_blocks()], 1)
             D = residual(Z, Y, V, relu=self.relu)
             if not self.relu:
                 total = float(D.square().sum())

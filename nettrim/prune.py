@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
 from nettrim import capture, dispatch, layers, selection
-from nettrim.budgets import Budget, Layer, make_budget, make_selection
+from nettrim.budgets import Budget, Layer
 from nettrim.certificate import Promise, certify, make_promise, network_bound
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
+from nettrim.goals import set_goals
 from nettrim.options import Options, check_device
-from nettrim.patterns import parse
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
 from nettrim.selection import Pattern
@@ -95,7 +95,8 @@ def prune(
         share}``. The rest, and the biases, are the best that there are for the zeros chosen: nothing is shrunk.
     pattern : str
         Which weights may be zero together (:func:`nettrim.patterns.parse`): ``"unstructured"``; ``"n:m"``, n *kept* of every m inputs, which says
-        the sparsity; ``"block:RxC"``, blocks of R outputs and C inputs.
+        the sparsity; ``"block:RxC"``, blocks of R outputs and C inputs; ``"neuron"``, that share of a layer's outputs, with what the next
+        layer reads from them (:func:`nettrim.shrink` then takes them out).
     mode : {"cascade", "parallel"}
         Whether a layer sees the inputs of the network pruned so far, or the dense network's.
     gamma : float
@@ -110,8 +111,9 @@ def prune(
         may be infeasible.
     consistency : {"relaxed", "paper"}
         The set that keeps a layer before a ReLU to its targets; see :mod:`nettrim.programs`.
-    penalty : {"l1"}
-        The papers' objective.
+    penalty : {"l1", "l0"}
+        With ``epsilon``: the papers' objective, whose solution is proven; or the fewest weights found that keep the same budget, fitted to it, so
+        that it is spent on zeros and not on shrinkage.
     solver : str
         See :func:`nettrim.solve`; ``"auto"`` takes every program.
     tol : float
@@ -179,13 +181,10 @@ def prune(
     solve_on, keep_out = calibrations.split(calibrations.batches(calibration), holdout, seed)
     traced = trace(model, solve_on, run)
     names, skipped = selection.select(model, traced, targets, ignore)
-    zeros = parse(pattern)
-    relative, own = ({}, True) if epsilon is None else selection.relative_budgets(model, names, epsilon, skipped)
-    asked = sparsity if zeros.share is None or isinstance(sparsity, Mapping) else 1 - zeros.share
-    shares = {} if asked is None else selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
-    chosen = [layer for layer in traced.layers if layer.name in relative or layer.name in shares]
+    goals = set_goals(model, traced, names, skipped, options, solve_on, run, device)
+    chosen = [layer for layer in traced.layers if layer.name in goals.names]
     last = traced.layers[-1].name
-    if kappa != 1 and last not in relative:
+    if kappa != 1 and last not in goals.names:
         raise ArgumentError(f"kappa={kappa} tightens the budget of the last layer, {last!r}, which is not pruned ({skipped[last]}); leave kappa at 1")
     # before hours of solving, not after: the network's outputs can be compared
     dense_outputs = [capture.outputs(model, part, run) for part in (solve_on, keep_out) if part]
@@ -199,22 +198,7 @@ def prune(
         seen = _observe(model, pruned, layer, solve_on, run, device, two_streams=mode == "cascade")
         if max_rows is not None and max_rows < seen.inputs.shape[0]:
             seen, dropped_rows = _some_rows(seen, max_rows, seed), True
-        has_bias = layers.has_bias(layer.module)
-        if layer.name in shares:
-            share = shares[layer.name]
-            return seen, make_selection(
-                seen, sparsity=share, pattern=zeros, repair=repair, preserve_zeros=preserve_zeros, has_bias=has_bias
-            )
-        budget = make_budget(
-            seen,
-            relative=relative[layer.name],
-            own=own or mode == "parallel",
-            inflation=gamma * kappa if layer.name == last else gamma,
-            consistency=consistency,
-            bias_weight=bias_weight,
-            has_bias=has_bias,
-        )
-        return seen, budget
+        return seen, goals.budget(layer, seen, last=layer.name == last)
 
     def finish(seen: Layer, budget: Budget, solution: Solution) -> str:
         stored = store(pruned.get_submodule(seen.name), seen, budget, solution, options.solver, options.tol, options.max_iter)

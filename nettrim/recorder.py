@@ -35,9 +35,12 @@ class _Value:
     layer: str
     relu: bool = False
     other_use: str | None = None  # the first use of the pre-activation that is no ReLU
+    uses: list[str] = field(default_factory=list)  # every use, before or after the ReLU, but the ReLU itself
 
-    def used_by(self, what: object) -> None:
-        self.other_use = self.other_use or str(what)
+    def used_by(self, what: object, *, after: bool) -> None:
+        self.uses.append(str(what))
+        if not after:
+            self.other_use = self.other_use or str(what)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class PassRecord:
         values = [value for value in self.values if value.layer == name]
         return bool(values) and all(value.relu and value.other_use is None for value in values)
 
+    def sole_reader(self, name: str) -> str | None:
+        """The layer whose input is the one use of what the layer put out; None where there are other uses, or none."""
+        uses = [use for value in self.values if value.layer == name for use in value.uses]
+        return next((other for other in self.calls if uses == [_input_of(other)]), None)
+
 
 class Recorder(TorchDispatchMode):
     """Follows the layers' values through one forward pass, and notes weights that are used outside their layer.
@@ -117,7 +125,7 @@ class Recorder(TorchDispatchMode):
     def _hooks_of(self, name: str) -> tuple[Any, Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs.get("input")
-            self.seen.reads[name] = self._read(x, f"layer {name!r}") if isinstance(x, Tensor) else None
+            self.seen.reads[name] = self._read(x, _input_of(name)) if isinstance(x, Tensor) else None
             self.inside = True
 
         def after(module: nn.Module, args: tuple[Any, ...], out: Tensor | None) -> None:
@@ -135,8 +143,7 @@ class Recorder(TorchDispatchMode):
         cell = self.cells.get(storage_of(tensor)) if _has_storage(tensor) else None
         if cell is None:
             return None
-        if not cell.after:
-            cell.value.used_by(reader)
+        cell.value.used_by(reader, after=cell.after)
         return (cell.value.layer, cell.after) if cell.is_whole(tensor) else None
 
     def _put(self, tensor: Tensor, value: _Value, *, after: bool) -> None:
@@ -150,10 +157,10 @@ class Recorder(TorchDispatchMode):
         self.seen.returned = readings[0] if len(readings) == 1 else None
 
     def note_kept(self) -> None:
-        """Note pre-activations that outlive the forward pass: the model, or a hook, keeps them for a use."""
+        """Note values that outlive the forward pass: the model, or a hook, keeps them for a use."""
         for storage, cell in self.cells.items():
-            if not cell.after and not storage.expired():
-                cell.value.used_by("something that keeps it after the forward pass")
+            if not storage.expired():
+                cell.value.used_by("something that keeps it after the forward pass", after=cell.after)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -183,10 +190,13 @@ class Recorder(TorchDispatchMode):
         elif not written and results and all(storage_of(leaf) == storage and cell.is_whole(leaf) for leaf in results):
             pass  # a view of the whole value: the storage says so itself
         else:
-            if not cell.after:
-                cell.value.used_by(func)
+            cell.value.used_by(func, after=cell.after)
             if written:
                 del self.cells[storage]
+
+
+def _input_of(name: str) -> str:
+    return f"layer {name!r}"
 
 
 def _is_relu(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -44,7 +44,10 @@ def residual(Z: Tensor, Y: Tensor, V: Tensor | None = None, *, relu: bool = True
     ``Z − D`` is the projection of ``Z`` onto ``{z = y on Ω, z ≤ v off Ω}``, and for ``V = 0`` half the square of ``D``'s norm has ``D`` as its
     gradient with respect to ``Z``. Shapes: all (P, M).
     """
+    D = Z - Y
     if not relu:
-        return Z - Y
-    off = Z if V is None else Z - V
-    return torch.where(Y > 0, Z - Y, off.clamp(min=0))
+        return D
+    if V is not None:
+        return torch.where(Y > 0, D, (Z - V).clamp(min=0))
+    # off Ω, where y = 0, max(z, 0); on Ω nothing is below the bound: several times as fast as where, and the same to the bit
+    return torch.maximum(D, torch.sign(Y).mul_(-torch.finfo(Y.dtype).max), out=D)

@@ -81,13 +81,6 @@ def _listed(patterns: Iterable[Pattern] | Pattern, argument: str) -> list[Patter
     return list(patterns)
 
 
-def relative_budgets(
-    model: nn.Module, names: list[str], epsilon: object, skipped: dict[str, str]
-) -> tuple[dict[str, float], bool]:
-    """Each layer's relative budget, and whether it is the layer's own (a mapping) or one for all; see :func:`per_layer`."""
-    return per_layer(model, names, epsilon, "epsilon", _positive, skipped), isinstance(epsilon, Mapping)
-
-
 def per_layer(
     model: nn.Module, names: list[str], given: object, argument: str, checked: Callable[[object, str], float], skipped: dict[str, str]
 ) -> dict[str, float]:
@@ -118,7 +111,14 @@ def per_layer(
     return found
 
 
-def _positive(value: object, name: str) -> float:
+def positive(value: object, name: str) -> float:
+    """A relative budget.
+
+    Raises
+    ------
+    ArgumentError
+        No finite number above 0.
+    """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
         raise ArgumentError(f"{name}={value!r}; expected a finite number above 0 (a share of the layer's output norm)")
     return float(value)

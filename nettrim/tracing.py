@@ -31,6 +31,9 @@ class TracedLayer:
         Name of the layer whose output, after its activation, is exactly this layer's input, in every batch.
     skip_reason : str or None
         Why the layer cannot be pruned; None when it can.
+    reads_alone : bool
+        Whether nothing else uses what `reads` names: in no batch another operation, the model's output, or something
+        that keeps it.
     """
 
     name: str
@@ -38,6 +41,7 @@ class TracedLayer:
     activation: Literal["relu"] | None
     reads: str | None
     skip_reason: str | None
+    reads_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,8 @@ def _merge(supported: dict[str, nn.Module], runs: list[PassRecord], skipped: dic
         # a layer's output is the value after the ReLU exactly if the ReLU is all that follows it
         reads = reading[0] if reading is not None and reading[1] == relu[reading[0]] else None
         activation: Literal["relu"] | None = "relu" if relu[name] else None
-        merged.append(TracedLayer(name, supported[name], activation, reads, skipped.get(name)))
+        alone = reads is not None and all(run.sole_reader(reads) == name for run in runs)
+        merged.append(TracedLayer(name, supported[name], activation, reads, skipped.get(name), alone))
     return tuple(merged)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nettrim import ArgumentError, calibration
-from nettrim.selection import matches, relative_budgets, select
+from nettrim.selection import matches, per_layer, positive, select, share_of_zeros
 from nettrim.tracing import Trace, trace
 
 
@@ -92,10 +92,14 @@ def test_nothing_left_says_why(targets: list[str]) -> None:
 NAMES = ["encoder.0", "encoder.2", "head"]
 
 
+def relative_budgets(given: Any, skipped: dict[str, str]) -> dict[str, float]:
+    return per_layer(network(), NAMES, given, "epsilon", positive, skipped)
+
+
 def test_one_number_is_for_all() -> None:
     skipped: dict[str, str] = {}
-    assert relative_budgets(network(), NAMES, 0.1, skipped) == (dict.fromkeys(NAMES, 0.1), False)
-    assert relative_budgets(network(), NAMES, torch.tensor(0.5).numpy()[()], skipped)[0]["head"] == 0.5
+    assert relative_budgets(0.1, skipped) == dict.fromkeys(NAMES, 0.1)
+    assert relative_budgets(torch.tensor(0.5).numpy()[()], skipped)["head"] == 0.5
     assert skipped == {}
 
 
@@ -111,17 +115,28 @@ def test_one_number_is_for_all() -> None:
 )
 def test_a_mapping_in_order(mapping: Any, expected: dict[str, float]) -> None:
     skipped: dict[str, str] = {}
-    assert relative_budgets(network(), NAMES, mapping, skipped) == (expected, True)
+    assert relative_budgets(mapping, skipped) == expected
     assert set(skipped) == set(NAMES) - set(expected)
 
 
 def test_a_key_for_a_layer_that_is_not_pruned_matches_nothing() -> None:
     with pytest.raises(ArgumentError, match="'unused' matches no.*encoder.0, encoder.2, head"):
-        relative_budgets(network(), NAMES, {"*": 0.1, "unused": 0.1}, {})
+        relative_budgets({"*": 0.1, "unused": 0.1}, {})
 
 
 @pytest.mark.parametrize("value", (0, -1, float("nan"), float("inf"), True, "0.1", None, [0.1], 1j))
 def test_budgets_that_are_none(value: Any) -> None:
     for given, name in ((value, "epsilon="), ({"head": value}, r"epsilon\['head'\]=")):
         with pytest.raises(ArgumentError, match=name):
-            relative_budgets(network(), NAMES, given, {})
+            relative_budgets(given, {})
+
+
+@pytest.mark.parametrize("value", (-0.1, 1.1, float("nan"), True, "0.1", None, [0.1], 1j))
+def test_shares_of_zeros_that_are_none(value: Any) -> None:
+    with pytest.raises(ArgumentError, match="sparsity="):
+        per_layer(network(), NAMES, value, "sparsity", share_of_zeros, {})
+
+
+@pytest.mark.parametrize("value", (0, 0.0, 0.5, 1))
+def test_shares_of_zeros(value: Any) -> None:
+    assert per_layer(network(), NAMES, value, "sparsity", share_of_zeros, {}) == dict.fromkeys(NAMES, float(value))

@@ -160,15 +160,17 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
     pull = torch.zeros_like(s.W)
     gain, total = s.beta / (1 + s.beta), 0.0
     for rows, A, Y, V0 in program.row_chunks(s.W.dtype, s.columns):
-        V = torch.lerp(s.Z[rows], A @ weights, OVER_RELAXATION).add_(s.U[rows])
+        Z, U = s.Z[rows], s.U[rows]
+        V = torch.addmm(Z, A, weights, beta=1 - OVER_RELAXATION, alpha=OVER_RELAXATION).add_(U)
         D = residual(V, Y, V0, relu=program.relu)
-        total += float((torch.where(Y > 0, D, 0.0) if program.one_sided else D).square().sum())
-        if not s.projecting:
-            U = _removed(program, D, Y, gain)
-            s.U[rows], s.Z[rows] = U, V.sub_(U)
-            pull.addmm_((s.Z[rows] - U).T, A)
+        total += float(torch.linalg.vector_norm(torch.where(Y > 0, D, 0.0) if program.one_sided else D)) ** 2
+        if s.projecting:
+            U.copy_(D)
+            Z.copy_(V)
             continue
-        s.U[rows], s.Z[rows] = D, V
+        _remove(program, D, Y, gain, U)
+        torch.sub(V, U, out=Z)
+        pull.addmm_((Z - U).T, A)
     if program.epsilon is None:
         return pull, 1.0
     norm = math.sqrt(total)
@@ -176,16 +178,19 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
         return pull, program.epsilon / (gain * norm) if norm > 0 else _LEVEL_STEP
     gain = min(1.0, program.epsilon / norm) if norm > 0 else 1.0
     for rows, A, Y, _ in program.row_chunks(s.W.dtype, s.columns):
-        U = _removed(program, s.U[rows], Y, gain)
-        s.U[rows] = U
-        s.Z[rows] -= U
-        pull.addmm_((s.Z[rows] - U).T, A)
+        Z, U = s.Z[rows], s.U[rows]
+        _remove(program, U, Y, gain, U)
+        Z -= U
+        pull.addmm_((Z - U).T, A)
     return pull, 1.0
 
 
-def _removed(program: LayerProgram, D: Tensor, Y: Tensor, gain: float) -> Tensor:
-    """``U``: what the proximal operator takes from the residual, ``(1 − gain) D``; all of it where an inequality is hard."""
-    return torch.where(Y > 0, D * (1 - gain), D) if program.one_sided else D * (1 - gain)
+def _remove(program: LayerProgram, D: Tensor, Y: Tensor, gain: float, U: Tensor) -> None:
+    """Put into ``U`` what the proximal operator takes from the residual, ``(1 − gain) D``; all of it where an inequality is hard."""
+    if program.one_sided:
+        torch.where(Y > 0, D * (1 - gain), D, out=U)
+    else:
+        torch.mul(D, 1 - gain, out=U)
 
 
 def _change_level(s: State, factor: float) -> None:

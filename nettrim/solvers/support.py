@@ -8,8 +8,9 @@ Three steps, each of which hands its support to the next:
    allowed support and ρ grows until the support stands still (the scheme of ALPS, Meng et al., NeurIPS 2024, Algorithm 1, here in columns of equal
    norm). ``(G + ρI)⁻¹`` comes from one eigendecomposition for every ρ.
 2. :func:`refit`: the least squares on a support, exactly, neuron by neuron.
-3. :func:`swap`: weights that cost least to remove, ``w_i² / 2[G_SS⁻¹]_ii``, make room for those that gain most, at least ``r_j² / 2G_jj`` with
-   ``R = C − W G`` (both from the optimality of the refit), as long as the misfit falls. (Splicing: Zhu et al., PNAS 2020, section 2.)
+3. :func:`swap`: weights that cost least to remove, ``w_i² / 2[G_SS⁻¹]_ii``, make room for those that gain most, ``r_j² / 2h_j`` with ``R = C − W G``
+   and the Schur complement ``h_j = G_jj − G_jS G_SS⁻¹ G_Sj`` (both from the optimality of the refit), as long as the misfit falls. (Splicing: Zhu
+   et al., PNAS 2020, section 2, there with ``G_jj`` in the place of ``h_j``, which is no smaller; so here where the ``h_j`` would cost too much.)
 
 Everything here is in columns of unit norm (``G_jj = 1``); weights that the pattern does not count are kept always.
 """
@@ -34,16 +35,22 @@ _SWAPPED = 0.1  # share of the kept weights that a round may swap, to start with
 _BATCH_ELEMENTS = 20_000_000
 _CG_STEPS = 100
 _CHOLESKY_WORK = 2e11  # flops of exact refits from which conjugate gradients do
+_SCHUR_WORK = 5e10  # flops from which Schur complements are not computed
+_SMALLEST_SCHUR = 1e-6  # columns closer than that to the span of the support gain nothing that can be told from rounding
 _SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A support (M, N), its least squares (M, N) float64, what removing a weight would cost, and the misfit ``½⟨W G, W⟩ − ⟨C, W⟩``."""
+    """A support (M, N), its least squares (M, N) float64, and their misfit ``½⟨W G, W⟩ − ⟨C, W⟩``.
+
+    ``cost`` (M, N): by how much it rises when one weight of the support is removed; ``gain`` (M, N): by how much it falls, at least, when one joins.
+    """
 
     mask: Tensor
     W: Tensor
     cost: Tensor
+    gain: Tensor
     value: float
 
 
@@ -80,24 +87,25 @@ def refit(G: Tensor, C: Tensor, mask: Tensor) -> Fit:
     By Cholesky factors of every neuron's own Gram matrix; where those would cost too much, by conjugate gradients on all neurons at once.
     """
     counts = mask.sum(1)
-    if float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
+    widths = counts.double()
+    schur = torch.ones_like(C)
+    if float((widths**3).sum()) > _CHOLESKY_WORK:
         W = restricted_least_squares(G, C, mask, _CG_STEPS)
         cost = 0.5 * W.square()  # [G_SS⁻¹]_ii ≥ 1 / G_ii = 1: the most that removal can cost
     else:
         W, cost = torch.zeros_like(C), torch.zeros_like(C)
+        complete = float((widths**2).sum()) * len(G) <= _SCHUR_WORK
         order = counts.argsort()
-        start = 0
-        while start < len(order):
-            step = max(1, _BATCH_ELEMENTS // int(counts[order[-1]].clamp(min=1)) ** 2)
-            rows = order[start : start + step]
-            W[rows], cost[rows] = _batch(G, C[rows], mask[rows])
-            start += step
-    value = float((W * (0.5 * (W @ G) - C)).sum())
-    return Fit(mask, W, cost, value)
+        widest = max(int(counts.max()), 1)
+        for rows in order.split(max(1, _BATCH_ELEMENTS // (widest * (len(G) if complete else widest)))):
+            W[rows], cost[rows], schur[rows] = _batch(G, C[rows], mask[rows], complete)
+    R = C - W @ G
+    gain = torch.where(mask, 0.0, 0.5 * R.square() / schur)
+    return Fit(mask, W, cost, gain, -0.5 * float((W * (C + R)).sum()))
 
 
-def _batch(G: Tensor, C: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares and removal costs of a few neurons, their supports padded to the largest."""
+def _batch(G: Tensor, C: Tensor, mask: Tensor, complete: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Least squares, removal costs and (if ``complete``) Schur complements of a few neurons, their supports padded to the largest."""
     width = max(int(mask.sum(1).max()), 1)
     index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
     valid = mask.gather(1, index)
@@ -115,10 +123,13 @@ def _batch(G: Tensor, C: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     right = torch.where(valid, C.gather(1, index), 0.0)
     solution = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
     inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
-    W, cost = torch.zeros_like(C), torch.zeros_like(C)
+    W, cost, schur = torch.zeros_like(C), torch.zeros_like(C), torch.ones_like(C)
     W.scatter_(1, index, torch.where(valid, solution, 0.0))
     cost.scatter_(1, index, torch.where(valid, 0.5 * solution.square() / inverse, 0.0))
-    return W, cost
+    if complete:
+        reduced = torch.linalg.solve_triangular(factor, G[index] * valid.unsqueeze(2), upper=False)
+        schur = (1 - reduced.square().sum(1)).clamp(min=_SMALLEST_SCHUR)
+    return W, cost, schur
 
 
 def swap(G: Tensor, C: Tensor, supports: Supports, fit: Fit) -> Fit:
@@ -127,7 +138,7 @@ def swap(G: Tensor, C: Tensor, supports: Supports, fit: Fit) -> Fit:
         return fit
     most = max(1, int(_SWAPPED * supports.kept))
     for _ in range(_SWAP_ROUNDS):
-        found = _swaps(G, C, supports, fit, most)
+        found = _swaps(supports, fit, most)
         if found is None:
             break
         mask = fit.mask.clone()
@@ -142,10 +153,10 @@ def swap(G: Tensor, C: Tensor, supports: Supports, fit: Fit) -> Fit:
     return fit
 
 
-def _swaps(G: Tensor, C: Tensor, supports: Supports, fit: Fit, most: int) -> tuple[Tensor, Tensor] | None:
+def _swaps(supports: Supports, fit: Fit, most: int) -> tuple[Tensor, Tensor] | None:
     """Flat indices of up to ``most`` weights to remove and as many to keep instead, the most profitable pairs first; None where no pair profits."""
     addable = ~fit.mask if supports.allowed is None else ~fit.mask & supports.allowed
-    gain = torch.where(addable & supports.counted, 0.5 * (C - fit.W @ G).square(), -1.0)
+    gain = torch.where(addable & supports.counted, fit.gain, -1.0)
     cost = torch.where(fit.mask & supports.counted, fit.cost, torch.inf)
     if supports.pattern.kept_of is None:
         removed = cost.flatten().topk(most, largest=False)

@@ -1,0 +1,129 @@
+"""How one number of weights is spread over the layers: where the next weight does most for the network's output.
+
+For a few numbers of weights ``k`` each layer's support is searched on the dense network's activations, and its misfit weighed by what errors of its
+neurons do at the output (:mod:`nettrim.sensitivity`):
+
+    v_ℓ(k) = Σ_m d_ℓm E (ẑ_m − z_m)²     and     min Σ_ℓ v_ℓ(k_ℓ)  s.t.  Σ_ℓ k_ℓ = K
+
+In between, ``log v`` is linear in ``log k``. The minimum has one marginal value of a weight, ``−v_ℓ'(k_ℓ) = μ``, for all layers; μ is bisected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nettrim import capture, layers
+from nettrim.calibration import Run
+from nettrim.errors import ArgumentError
+from nettrim.patterns import UNSTRUCTURED, make_supports
+from nettrim.sensitivity import sensitivities
+from nettrim.solvers.support import refit, search
+
+_DENSITIES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the density asked for
+_MOST = 0.95
+_GRID = 400
+_BISECTIONS = 100
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a layer's weights do for the output: ``error`` (squared, increasing losses) at numbers of weights ``kept``, ascending."""
+
+    kept: np.ndarray
+    error: np.ndarray
+    size: int
+
+    def at(self, kept: np.ndarray) -> np.ndarray:
+        """The squared error at other numbers; beyond the ends the last slope goes on."""
+        x, y = np.log(self.kept), np.log(np.maximum(self.error, 1e-300))
+        t = np.log(np.maximum(kept, 1.0))
+        inner = np.interp(t, x, y)
+        first, last = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
+        return np.exp(np.where(t < x[0], y[0] + first * (t - x[0]), np.where(t > x[-1], y[-1] + last * (t - x[-1]), inner)))
+
+
+def curves(
+    model: nn.Module, batches: list[Any], run: Run, names: list[str], density: float, seed: int, device: torch.device | str | None
+) -> dict[str, Curve]:
+    """Each layer's curve around a ``density``, from its rows in the dense network.
+
+    Raises
+    ------
+    ArgumentError
+        No gradient comes through the network, so that nothing says what a layer does for the output.
+    """
+    weighing = sensitivities(model, batches, run, names, seed)
+    if weighing is None:
+        raise ArgumentError("no gradient comes through the network, so weights cannot be spread over its layers; expected allocation='uniform'")
+    found = {}
+    for name in names:
+        module = model.get_submodule(name)
+        A, _ = capture.rows(model, batches, run, module, device=device)
+        G = torch.zeros((A.shape[1],) * 2, dtype=torch.float64, device=A.device)
+        for chunk in A.split(layers.ROWS_PER_CHUNK):
+            G.addmm_(chunk.double().T, chunk.double())
+        found[name] = _curve(G / len(A), layers.as_matrix(module).double().to(A.device), weighing[name].to(A.device), layers.has_bias(module), density)
+    return found
+
+
+def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool, density: float) -> Curve:
+    column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
+    row = d.clamp(min=1e-12 * float(d.max().clamp(min=1e-300))).sqrt().unsqueeze(1)
+    scaled, start = G / column / column[:, None], W * column * row
+    C = start @ scaled
+    total = float((start * C).sum())
+    counted = torch.ones(len(column), dtype=torch.bool, device=G.device)
+    counted[len(column) - has_bias :] = False
+    size = len(W) * int(counted.sum())
+    kept, errors = [], []
+    for factor in _DENSITIES:
+        count = max(1, round(min(factor * density, _MOST) * size))
+        if kept and count <= kept[-1]:
+            continue
+        supports = make_supports(UNSTRUCTURED.text, count, counted, (len(W), len(column)), None)
+        fit = refit(scaled, C, search(scaled, C, supports, start, torch.float32))
+        kept.append(count)
+        errors.append(max(total + 2 * fit.value, 1e-12 * total))
+    if len(kept) == 1:
+        kept, errors = [kept[0], kept[0] + 1], [errors[0], errors[0]]
+    # more weights never do worse
+    return Curve(np.array(kept, dtype=float), np.minimum.accumulate(np.array(errors)), size)
+
+
+def spread(found: dict[str, Curve], total: int) -> dict[str, int]:
+    """``total`` weights over the layers: the sum of their errors is least."""
+    grids = {name: np.unique(np.round(np.geomspace(1, curve.size, _GRID))) for name, curve in found.items()}
+    values = {name: found[name].at(grids[name]) for name in found}
+    low, high = math.log(1e-300), math.log(1e300)
+
+    def at(mu: float) -> dict[str, int]:
+        return {name: int(grids[name][np.argmin(values[name] + mu * grids[name])]) for name in found}
+
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        if sum(at(math.exp(middle)).values()) > total:
+            low = middle
+        else:
+            high = middle
+    kept = at(math.exp(high))
+    return _exactly(kept, {name: curve.size for name, curve in found.items()}, total)
+
+
+def _exactly(kept: dict[str, int], sizes: dict[str, int], total: int) -> dict[str, int]:
+    """Spread what is left over (or too much) in proportion, to one weight."""
+    kept = dict(kept)
+    while (rest := total - sum(kept.values())) != 0:
+        room = {name: (sizes[name] - count if rest > 0 else count) for name, count in kept.items()}
+        most = max(sum(room.values()), 1)
+        moved = {name: math.trunc(rest * room[name] / most) for name in kept}
+        if not any(moved.values()):
+            moved = {max(room, key=lambda name: room[name]): 1 if rest > 0 else -1}
+        for name, change in moved.items():
+            kept[name] += change
+    return kept

@@ -1,0 +1,104 @@
+"""What is asked of each layer: a budget, or a number of weights to keep, from the arguments of ``nettrim.prune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nettrim import layers, neurons, selection
+from nettrim.budgets import Budget, Layer, make_budget, make_selection
+from nettrim.calibration import Run
+from nettrim.errors import ArgumentError
+from nettrim.options import Options
+from nettrim.patterns import NEURON, Pattern, parse
+from nettrim.tracing import Trace, TracedLayer
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What is asked of the layers that are pruned.
+
+    Attributes
+    ----------
+    relative : dict of str to float
+        Relative budgets by name; empty where weights are counted.
+    own : bool
+        Whether each is the layer's own, or one for all.
+    shares : dict of str to float
+        Shares of zeros by name; empty where there are budgets.
+    pattern : Pattern
+    allowed : dict of str to Tensor, (M, N) bool
+        The weights that may stay, of layers where not all may.
+    """
+
+    options: Options
+    relative: dict[str, float]
+    own: bool
+    shares: dict[str, float]
+    pattern: Pattern
+    allowed: dict[str, Tensor]
+
+    @property
+    def names(self) -> set[str]:
+        """The layers that are pruned."""
+        return {*self.relative, *self.shares}
+
+    def budget(self, layer: TracedLayer, seen: Layer, *, last: bool) -> Budget:
+        """The program of a layer for what was ``seen`` of it; ``last`` is the network's last one."""
+        options, has_bias = self.options, layers.has_bias(layer.module)
+        if layer.name in self.shares:
+            support = self.allowed.get(layer.name)
+            if options.preserve_zeros:
+                support = layers.nonzeros(layer.module) if support is None else support & layers.nonzeros(layer.module)
+            return make_selection(
+                seen, sparsity=self.shares[layer.name], pattern=self.pattern, repair=options.repair, support=support, has_bias=has_bias
+            )
+        return make_budget(
+            seen,
+            relative=self.relative[layer.name],
+            own=self.own or options.mode == "parallel",
+            inflation=options.gamma * options.kappa if last else options.gamma,
+            consistency=options.consistency,
+            penalty=options.penalty,
+            bias_weight=options.bias_weight,
+            has_bias=has_bias,
+        )
+
+
+def set_goals(
+    model: nn.Module,
+    trace: Trace,
+    names: list[str],
+    skipped: dict[str, str],
+    options: Options,
+    batches: list[Any],
+    run: Run,
+    device: torch.device | str | None,
+) -> Goals:
+    """The goals of the layers ``names``; those that none is given for are added to ``skipped``.
+
+    Raises
+    ------
+    ArgumentError
+        A budget or a share out of range, a key that matches no layer, or a pattern that no layer can have.
+    """
+    pattern = parse(options.pattern)
+    if options.epsilon is not None:
+        relative = selection.per_layer(model, names, options.epsilon, "epsilon", selection.positive, skipped)
+        return Goals(options, relative, isinstance(options.epsilon, Mapping), {}, pattern, {})
+    asked = options.sparsity if options.sparsity is not None else 1 - (pattern.share or 0.0)
+    shares = selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
+    if pattern is not NEURON:
+        return Goals(options, {}, True, shares, pattern, {})
+    allowed = neurons.supports(model, trace, batches, run, shares, device)
+    reason = "its neurons are not read by one layer alone, and it reads from none that loses some"
+    skipped |= {name: reason for name in shares if name not in allowed}
+    # a layer that was not asked for is fitted to what the one before it leaves
+    shares = {name: shares.get(name, 0.0) for name in names if name in allowed}
+    if not shares:
+        raise ArgumentError(f"pattern='neuron': the model has no layer that can lose neurons ({skipped}); expected one that one other layer reads")
+    return Goals(options, {}, True, shares, pattern, allowed)
