@@ -23,10 +23,10 @@ from nettrim.calibration import Run
 from nettrim.errors import ArgumentError
 from nettrim.patterns import UNSTRUCTURED, make_supports
 from nettrim.sensitivity import sensitivities
+from nettrim.solvers.base import threads_for
 from nettrim.solvers.support import refit, search
 
-_DENSITIES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the density asked for
-_MOST = 0.95
+_DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _GRID = 400
 _BISECTIONS = 100
 
@@ -48,10 +48,10 @@ class Curve:
         return np.exp(np.where(t < x[0], y[0] + first * (t - x[0]), np.where(t > x[-1], y[-1] + last * (t - x[-1]), inner)))
 
 
-def curves(
-    model: nn.Module, batches: list[Any], run: Run, names: list[str], density: float, seed: int, device: torch.device | str | None
+def measure(
+    model: nn.Module, batches: list[Any], run: Run, names: list[str], seed: int, device: torch.device | str | None
 ) -> dict[str, Curve]:
-    """Each layer's curve around a ``density``, from its rows in the dense network.
+    """Each layer's curve, from its rows in the dense network.
 
     Raises
     ------
@@ -68,11 +68,13 @@ def curves(
         G = torch.zeros((A.shape[1],) * 2, dtype=torch.float64, device=A.device)
         for chunk in A.split(layers.ROWS_PER_CHUNK):
             G.addmm_(chunk.double().T, chunk.double())
-        found[name] = _curve(G / len(A), layers.as_matrix(module).double().to(A.device), weighing[name].to(A.device), layers.has_bias(module), density)
+        W, d = layers.as_matrix(module).double().to(A.device), weighing[name].to(A.device)
+        with threads_for(W.numel() * W.shape[1]):
+            found[name] = _curve(G / len(A), W, d, layers.has_bias(module))
     return found
 
 
-def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool, density: float) -> Curve:
+def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool) -> Curve:
     column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
     row = d.clamp(min=1e-12 * float(d.max().clamp(min=1e-300))).sqrt().unsqueeze(1)
     scaled, start = G / column / column[:, None], W * column * row
@@ -81,9 +83,10 @@ def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool, density: float) -> C
     counted = torch.ones(len(column), dtype=torch.bool, device=G.device)
     counted[len(column) - has_bias :] = False
     size = len(W) * int(counted.sum())
-    kept, errors = [], []
-    for factor in _DENSITIES:
-        count = max(1, round(min(factor * density, _MOST) * size))
+    kept: list[int] = []
+    errors: list[float] = []
+    for density in _DENSITIES:
+        count = max(1, round(density * size))
         if kept and count <= kept[-1]:
             continue
         supports = make_supports(UNSTRUCTURED.text, count, counted, (len(W), len(column)), None)

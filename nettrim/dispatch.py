@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future
 
@@ -11,8 +12,11 @@ from torch import Tensor
 from nettrim.budgets import Budget, Layer
 from nettrim.errors import NetTrimError
 from nettrim.options import Options
+from nettrim.programs import LayerProgram
 from nettrim.solvers import Solution, solve
 from nettrim.tracing import TracedLayer
+
+_FLOOR = 0.1  # of the mean weight: what keeps a zero from staying one for ever
 
 
 def solutions(
@@ -25,18 +29,18 @@ def solutions(
     if executor is None:
         for layer in chosen:
             seen, budget = prepare(layer)
-            yield seen, budget, _solve(budget, seen.dense, options.solver, options.tol, options.max_iter)
+            yield seen, *_solve(budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight)
         return
-    waiting: list[tuple[Layer, Budget, Future[Solution]]] = []
+    waiting: list[tuple[Layer, Budget, Future[tuple[Budget, Solution]]]] = []
     try:
         for layer in chosen:
             seen, budget = prepare(layer)
             with _blaming_executor(seen):
-                future = executor.submit(_solve, budget, seen.dense, options.solver, options.tol, options.max_iter)
+                future = executor.submit(_solve, budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight)
             waiting.append((seen, budget, future))
-        for seen, budget, future in waiting:
+        for seen, _, future in waiting:
             with _blaming_executor(seen):
-                solution = future.result()
+                budget, solution = future.result()
             yield seen, budget, solution
     finally:
         for _, _, future in waiting:
@@ -56,5 +60,31 @@ def _blaming_executor(layer: Layer) -> Iterator[None]:
         ) from error
 
 
-def _solve(budget: Budget, dense: Tensor, solver: str, tol: float, max_iter: int | None) -> Solution:
-    return solve(budget.program, solver, tol=tol, max_iter=max_iter, initial=dense)
+def _solve(
+    budget: Budget, dense: Tensor, solver: str, tol: float, max_iter: int | None, reweight: int
+) -> tuple[Budget, Solution]:
+    """The solution, and the budget with the program that it is one of: the last round's where the ℓ1 norm is reweighted."""
+    first = budget.program
+    solution = solve(first, solver, tol=tol, max_iter=max_iter, initial=dense)
+    for _ in range(reweight):
+        if solution.status not in ("optimal", "feasible"):
+            break
+        program = reweighted(first, solution.weights)
+        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights)
+        if again.status not in ("optimal", "feasible"):
+            break
+        budget = dataclasses.replace(budget, program=program)
+        solution = dataclasses.replace(again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds)
+    return budget, solution
+
+
+def reweighted(program: LayerProgram, W: Tensor) -> LayerProgram:
+    """The program with ``ω/(|w| + δ)`` in the place of the ``ω`` given, δ a tenth of the mean size of the weights ``W`` (M, N) that are not zero."""
+    omega = program.l1_weights
+    assert isinstance(omega, Tensor)
+    size = W.abs()
+    nonzeros = size[(size > 0) & (omega > 0)]
+    if nonzeros.numel() == 0:
+        return program
+    mean = nonzeros.mean()
+    return dataclasses.replace(program, l1_weights=omega * mean / (size + _FLOOR * mean))

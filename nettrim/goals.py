@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nettrim import layers, neurons, selection
+from nettrim import allocation, layers, neurons, selection
+from nettrim.allocation import Curve
 from nettrim.budgets import Budget, Layer, make_budget, make_selection
 from nettrim.calibration import Run
 from nettrim.errors import ArgumentError
 from nettrim.options import Options
-from nettrim.patterns import NEURON, Pattern, parse
+from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern, parse
 from nettrim.tracing import Trace, TracedLayer
 
 
@@ -24,6 +26,7 @@ class Goals:
 
     Attributes
     ----------
+    options : Options
     relative : dict of str to float
         Relative budgets by name; empty where weights are counted.
     own : bool
@@ -55,7 +58,7 @@ class Goals:
             if options.preserve_zeros:
                 support = layers.nonzeros(layer.module) if support is None else support & layers.nonzeros(layer.module)
             return make_selection(
-                seen, sparsity=self.shares[layer.name], pattern=self.pattern, repair=options.repair, support=support, has_bias=has_bias
+                seen, sparsity=self.shares[layer.name], pattern=self.pattern, repair=float(options.repair), support=support, has_bias=has_bias
             )
         return make_budget(
             seen,
@@ -78,8 +81,9 @@ def set_goals(
     batches: list[Any],
     run: Run,
     device: torch.device | str | None,
+    curves: dict[str, Curve],
 ) -> Goals:
-    """The goals of the layers ``names``; those that none is given for are added to ``skipped``.
+    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what an allocation measures to ``curves``.
 
     Raises
     ------
@@ -92,6 +96,13 @@ def set_goals(
         return Goals(options, relative, isinstance(options.epsilon, Mapping), {}, pattern, {})
     asked = options.sparsity if options.sparsity is not None else 1 - (pattern.share or 0.0)
     shares = selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
+    share = float(asked) if isinstance(asked, Real) else 0.0
+    if pattern is UNSTRUCTURED and options.allocation == "auto" and 0 < share < 1 and len(names) > 1:
+        if not curves:
+            curves |= allocation.measure(model, batches, run, names, options.seed, device)
+        total = sum(curve.size for curve in curves.values())
+        kept = allocation.spread(curves, UNSTRUCTURED.kept((1, total), share))
+        shares = {name: 1 - kept[name] / curves[name].size for name in names}
     if pattern is not NEURON:
         return Goals(options, {}, True, shares, pattern, {})
     allowed = neurons.supports(model, trace, batches, run, shares, device)

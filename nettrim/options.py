@@ -21,14 +21,17 @@ class Options:
 
     epsilon: float | Mapping[str, float] | None
     sparsity: float | Mapping[str, float] | None
+    budget: float | None
     pattern: str
-    repair: float
+    allocation: str
+    repair: float | str
     preserve_zeros: bool
     mode: str
     gamma: float
     kappa: float
     consistency: str
     penalty: str
+    reweight: int
     solver: str
     tol: float
     max_iter: int | None
@@ -51,6 +54,7 @@ class Options:
             ("mode", ("cascade", "parallel")),
             ("consistency", ("relaxed", "paper")),
             ("penalty", ("l1", "l0")),
+            ("allocation", ("auto", "uniform")),
             ("on_failure", ("raise", "keep_dense")),
         ):
             if getattr(self, name) not in allowed:
@@ -68,6 +72,9 @@ class Options:
         for name in ("max_rows", "max_iter"):
             if getattr(self, name) is not None:
                 self._number(name, lambda value: isinstance(value, int) and value >= 1, "None or a whole number, at least 1")
+        self._number("reweight", lambda value: isinstance(value, int) and value >= 0, "a whole number, 0 for the papers' objective")
+        if self.reweight and (self.epsilon is None or self.penalty != "l1"):
+            raise ArgumentError(f"reweight={self.reweight}; expected 0 here: it repeats programs with epsilon and penalty='l1'")
         self._number("seed", lambda value: isinstance(value, int), "a whole number")
         if self.kappa != 1 and (self.mode == "parallel" or isinstance(self.epsilon, Mapping)):
             where = "mode='parallel'" if self.mode == "parallel" else "a mapping of budgets"
@@ -76,19 +83,26 @@ class Options:
     def _check_goal(self) -> None:
         """What is asked for: a budget, or a number of zeros, and the options that belong to it."""
         pattern = parse(self.pattern)
-        if (self.epsilon is None) == (self.sparsity is None) and (self.epsilon is not None or pattern.share is None):
-            raise ArgumentError(
-                f"epsilon={self.epsilon!r} and sparsity={self.sparsity!r}; expected exactly one of them (a budget, or a share of zeros)"
-            )
-        self._number("repair", lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        given = [name for name in ("epsilon", "sparsity", "budget") if getattr(self, name) is not None]
+        if len(given) > 1 or (not given and pattern.share is None):
+            values = " and ".join(f"{name}={getattr(self, name)!r}" for name in given or ("epsilon", "sparsity", "budget"))
+            raise ArgumentError(f"{values}; expected exactly one of epsilon (a budget for every layer), sparsity and budget (one for the network)")
+        if self.budget is not None:
+            self._number("budget", lambda value: value > 0, "a number above 0")
+            if pattern.share is not None:
+                raise ArgumentError(f"budget={self.budget} with pattern={self.pattern!r}, which says the sparsity; expected another pattern")
+        if self.repair != "auto":
+            self._number("repair", lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        elif self.holdout == 0:
+            raise ArgumentError("repair='auto' with holdout=0; expected samples kept out to choose it on")
         if self.repair != 1 and (self.epsilon is not None or self.mode == "parallel"):
             why = "a budget is promised against the dense network's output" if self.epsilon is not None else "only a cascade has two streams"
-            raise ArgumentError(f"repair={self.repair}; expected 1 here: {why}")
+            raise ArgumentError(f"repair={self.repair!r}; expected 1 here: {why}")
         if self.epsilon is not None and (self.pattern != "unstructured" or self.preserve_zeros):
             raise ArgumentError("pattern or preserve_zeros was given with epsilon; they go with sparsity")
         if self.sparsity is not None and pattern.share is not None:
-            given = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
-            if any(value != 1 - pattern.share for value in given):
+            shares = list(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else [self.sparsity]
+            if any(value != 1 - pattern.share for value in shares):
                 raise ArgumentError(f"sparsity={self.sparsity!r} with pattern={self.pattern!r}, which says {1 - pattern.share:g}; leave sparsity out")
 
     def _number(self, name: str, good: Callable[[Any], bool], expected: str) -> None:

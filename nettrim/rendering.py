@@ -97,7 +97,9 @@ def _print(report: "Report", console: Console) -> None:
     if certificate.explanation:
         console.print(Text(certificate.explanation))
     shown = [f"density {percent(report.density)}"]
-    shown += [f"{key} {report.options[key]}" for key in ("mode", "consistency", "epsilon") if key in report.options]
+    defaults = {"pattern": "unstructured", "budget": None, "sparsity": None, "epsilon": None}
+    keys = ("mode", "consistency" if report.options.get("epsilon") is not None else "pattern", "epsilon", "budget", "sparsity")
+    shown += [f"{key} {report.options[key]}" for key in keys if report.options.get(key, defaults.get(key)) != defaults.get(key)]
     console.print(Text(", ".join([*shown, f"{number(report.seconds)} s"])))
     if report.layers:
         console.print(_layer_table(report.layers))  # this box has empty lines for its edges
@@ -121,7 +123,7 @@ def _layer_table(layers: "tuple[LayerReport, ...]") -> Table:
             number(layer.epsilon),
             number(layer.discrepancy),
             percent(layer.relative_discrepancy),
-            percent(layer.gap),
+            percent(None if layer.lower_bound == 0 and layer.objective > 0 else layer.gap),  # no bound is no gap
             layer.status,
             str(layer.iterations),
             number(layer.seconds),

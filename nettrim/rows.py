@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nettrim.errors import ArgumentError
 
-CHUNK_ELEMENTS = 2_000_000
+CHUNK_ELEMENTS = 1_000_000
 PICKED_ELEMENTS = 32_000_000  # of some columns of rows in memory: up to here they are copied, beyond picked anew from every chunk
-BLOCK_ELEMENTS = 250_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
+BLOCK_ELEMENTS = 125_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
 
 Stream = Callable[[], Iterable[Any]]
 

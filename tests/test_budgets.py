@@ -28,7 +28,8 @@ def parts(given: Layer) -> tuple[Tensor, float, float]:
 
 
 def budget(given: Layer, consistency: str = "relaxed", *, own: bool = False, inflation: float = 1.1, bias_weight: float = 1.0, has_bias: bool = True):  # noqa: ANN201
-    return make_budget(given, relative=0.2, own=own, inflation=inflation, consistency=consistency, penalty="l1", bias_weight=bias_weight, has_bias=has_bias)
+    options = {"own": own, "inflation": inflation, "consistency": consistency, "bias_weight": bias_weight, "has_bias": has_bias}
+    return make_budget(given, relative=0.2, penalty="l1", **options)
 
 
 @pytest.mark.parametrize("consistency", ("relaxed", "paper"))

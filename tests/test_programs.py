@@ -213,7 +213,7 @@ def test_refusals_say_what_was_given_and_what_was_expected():
     refused(r"epsilon=nan", A, Y, epsilon=math.nan)
     refused(r"epsilon=inf", A, Y, epsilon=math.inf)
     refused(r"regularization=0.0; expected a finite number above 0", A, Y, regularization=0)
-    refused(r"penalty='l2'; expected 'l1' or 'l0' or 'l0'", A, Y, epsilon=1.0, penalty="l2")
+    refused(r"penalty='l2'; expected 'l1' or 'l0'", A, Y, epsilon=1.0, penalty="l2")
     refused(r"activation='gelu'; expected 'relu' or None", A, Y, epsilon=1.0, activation="gelu")
     refused(r"consistency='strict'; expected 'relaxed' or 'paper'", A, Y, epsilon=1.0, consistency="strict")
     refused(r"inputs have shape \(4, 3\) and targets \(5, 2\); expected \(P, N\) and \(P, M\)", A, torch.ones(5, 2), epsilon=1.0)

@@ -11,9 +11,8 @@ from networks import chain, hooks_of, same_bits, samples, state_of
 from torch import Tensor, nn
 
 import nettrim
-from nettrim import ArgumentError, CalibrationError, ConvergenceError, InfeasibleError, NetTrimError, UnsupportedProgramError, prune
+from nettrim import ArgumentError, CalibrationError, ConvergenceError, InfeasibleError, NetTrimError, UnsupportedProgramError, pipeline, prune
 
-stages = importlib.import_module("nettrim.prune")  # the package has a function of that name
 INPUTS = samples(60, 8)
 
 
@@ -111,7 +110,7 @@ BAD: dict[str, tuple[Model, Any, dict[str, Any], type[Exception], str]] = {
     "infeasible": (plain, INPUTS, {"kappa": 1e-3, "consistency": "paper"}, InfeasibleError, "layer '2'.*factor above"),
     "a mode": (plain, INPUTS, {"mode": "serial"}, ArgumentError, "mode='serial'; expected 'cascade' or 'parallel'"),
     "a consistency": (plain, INPUTS, {"consistency": 1}, ArgumentError, "consistency=1"),
-    "a penalty": (plain, INPUTS, {"penalty": "l0"}, ArgumentError, "penalty='l0'; expected 'l1'"),
+    "a penalty": (plain, INPUTS, {"penalty": "l2"}, ArgumentError, "penalty='l2'; expected 'l1' or 'l0'"),
     "on_failure": (plain, INPUTS, {"on_failure": "ignore"}, ArgumentError, "on_failure='ignore'"),
     "gamma below 1": (plain, INPUTS, {"gamma": 0.9}, ArgumentError, r"gamma=0\.9.*at least 1"),
     "gamma infinite": (plain, INPUTS, {"gamma": math.inf}, ArgumentError, "gamma=inf"),
@@ -132,7 +131,7 @@ BAD: dict[str, tuple[Model, Any, dict[str, Any], type[Exception], str]] = {
     "seed": (plain, INPUTS, {"seed": 0.5}, ArgumentError, "seed=0.5"),
     "a device": (plain, INPUTS, {"device": "gpu"}, ArgumentError, "device='gpu'"),
     "a device without numbers": (plain, INPUTS, {"device": "meta"}, ArgumentError, "device='meta'"),
-    "an executor in cascade": (plain, INPUTS, {"executor": stages.Executor()}, ArgumentError, "mode='cascade'"),
+    "an executor in cascade": (plain, INPUTS, {"executor": pipeline.Executor()}, ArgumentError, "mode='cascade'"),
     "an executor that is none": (plain, INPUTS, {"executor": 4, "mode": "parallel"}, ArgumentError, "executor is a int"),
     "progress": (plain, INPUTS, {"progress": "bar"}, ArgumentError, "progress='bar'"),
     "forward_fn": (plain, INPUTS, {"forward_fn": 3}, ArgumentError, "forward_fn=3"),
@@ -182,7 +181,7 @@ def test_nan_in_samples_kept_out_is_found_before_anything_is_solved(monkeypatch:
     bad = INPUTS.clone()
     kept_out = nettrim.calibration.holdout_indices([INPUTS], 0.1, 0)
     bad[kept_out[0], 0] = 100.0
-    monkeypatch.setattr(stages.dispatch, "solve", lambda *args, **kwargs: pytest.fail("solved something"))
+    monkeypatch.setattr(pipeline.dispatch, "solve", lambda *args, **kwargs: pytest.fail("solved something"))
     with pytest.raises(CalibrationError, match="network's output holds 3 NaN"):
         prune(Poisoned(math.nan), bad, epsilon=0.1)
 
@@ -232,8 +231,8 @@ def failing(function: Callable[..., Any], call: int, error: BaseException) -> Ca
 
 
 STAGES = (
-    [("trace", 1), ("_copy", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
-    + [(stage, call) for stage in ("store", "dispatch._solve", "make_budget", "_layer_report") for call in (1, 2)]
+    [("prune.trace", 1), ("_copy", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
+    + [(stage, call) for stage in ("store", "dispatch._solve", "goals.make_budget", "_layer_report") for call in (1, 2)]
     + [("capture.rows", call) for call in (1, 2, 3, 4)]
     + [("capture.outputs", call) for call in (1, 2, 3, 4)]
     + [("layers.write_back", call) for call in (1, 2, 3, 4)]
@@ -247,10 +246,8 @@ def test_a_failure_at_any_stage_leaves_the_model(monkeypatch: pytest.MonkeyPatch
     """In place too: with two layers the third and fourth `write_back` are those into the model itself."""
     model = chain(8, 10, 4)
     guard = Guard(model)
-    owner = stages
     *path, name = stage.split(".")
-    for part in path:
-        owner = getattr(owner, part)
+    owner = importlib.import_module(f"nettrim.{path[0]}") if path else pipeline
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), call, error))
     with pytest.raises(type(error)):
         prune(model, INPUTS, epsilon=0.1, inplace=True)

@@ -279,7 +279,7 @@ def test_the_feed_forward_part_of_a_transformer() -> None:
         model[0].linear1.weight[:5] = 0
         model[1].linear2.weight[:, 9:] = 0
     x = torch.randn(4, 7, 8)
-    smaller = nettrim.shrink(model, [x, x[:2, :3]])
+    smaller = nettrim.shrink(model, [x, x[:2]])
     assert smaller[0].linear1.out_features == smaller[0].linear2.in_features == 11
     assert smaller[1].linear1.out_features == smaller[1].linear2.in_features == 9
     assert_same(model, smaller, x)  # in evaluation mode, by torch's fused kernel
@@ -408,8 +408,10 @@ def test_what_cannot_be_proven_does_not_keep_the_rest_from_shrinking() -> None:
 
 
 def test_the_trace_says_who_is_the_only_reader() -> None:
-    def alone(forward: Callable[[Net, Tensor], Any]) -> dict[str, bool]:
-        found = trace(Net(forward), calibration.batches(samples(12, 6)), calibration.runner())
+    x = samples(12, 6)
+
+    def alone(forward: Callable[[Net, Tensor], Any], data: Any = x) -> dict[str, bool]:
+        found = trace(Net(forward), calibration.batches(data), calibration.runner())
         return {layer.name: layer.reads_alone for layer in found.layers}
 
     assert alone(PROVEN["functional"]) == {"a": False, "b": True, "c": True}
@@ -417,6 +419,7 @@ def test_the_trace_says_who_is_the_only_reader() -> None:
     for name in ("residual sum", "returned", "returned as a copy", "kept", "a statistic of it", "a branch on it"):
         assert not any(alone(UNPROVEN[name]).values()), name
     assert not any(alone(UNPROVEN["two readers"]).values())
+    assert alone(only_small_batches, x[:5])["b"] and not alone(only_small_batches, [x[:5], x])["b"]
 
 
 # --------------------------------------------------------------------------------------------------------- with prune

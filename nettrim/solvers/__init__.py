@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from concurrent.futures import Executor
 
 import numpy as np
@@ -16,7 +14,7 @@ from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.programs import LayerProgram
 from nettrim.rows import as_rows
 from nettrim.solvers import admm, blocks, cvxpy, gram_admm, osqp, prox_admm, topk_admm
-from nettrim.solvers.base import STATUSES, Solution, Solver, judge
+from nettrim.solvers.base import STATUSES, Solution, Solver, judge, threads_for
 from nettrim.solvers.presolve import presolve
 
 __all__ = ["SOLVERS", "STATUSES", "Solution", "Solver", "check_solver", "solve"]
@@ -29,9 +27,6 @@ SOLVERS: dict[str, Solver] = {
     cvxpy.NAME: Solver(cvxpy.NAME, cvxpy.refuses, cvxpy.run, 200),
     topk_admm.NAME: Solver(topk_admm.NAME, topk_admm.refuses, topk_admm.run, 100),
 }
-
-
-_ONE_THREAD_WORK = 2e7  # P·N·M
 
 
 def check_solver(name: str) -> None:
@@ -59,21 +54,6 @@ def _refusal(solver: Solver, program: LayerProgram) -> str | None:
     if program.supports is not None and solver.name != topk_admm.NAME:
         return "it is for convex programs"
     return solver.refuses(program)
-
-
-@contextlib.contextmanager
-def _threads_for(program: LayerProgram) -> Iterator[None]:
-    """One thread for a small program: more gain it little, and where other processes want the cores too they wait for each other, a hundredfold."""
-    threads = torch.get_num_threads()
-    small = program.rows * program.shape[0] * program.shape[1] < _ONE_THREAD_WORK
-    if not small or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def solve(
@@ -144,7 +124,7 @@ def solve(
         return blocks.run(program, solve, solver, float(tol), max_iter, start, neurons, executor)
     smaller = presolve(program, inputs_too=not chosen.drops_dead_inputs)
     inside = None if start is None else smaller.restrict(start)
-    with _threads_for(smaller.program):
+    with threads_for(smaller.program.rows * smaller.program.shape[0] * smaller.program.shape[1]):
         solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, inside)
     if inside is not None and not math.isfinite(solution.gap) and smaller.program.is_feasible(inside):
         # the answer of last resort, for solvers that have no use for a start

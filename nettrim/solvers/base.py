@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
 
+_ONE_THREAD_WORK = 2e7
 STATUSES = ("optimal", "feasible", "infeasible", "iteration_limit")
 
 
@@ -95,6 +97,23 @@ def relative_gap(objective: float, lower_bound: float) -> float:
     if not math.isfinite(objective):
         return math.inf
     return abs(objective - lower_bound) / objective if objective > 0 else 0.0 if lower_bound == 0 else math.inf
+
+
+@contextlib.contextmanager
+def threads_for(work: float) -> Iterator[None]:
+    """One thread for small matrices, ``work`` being that of a product of them (P·N·M).
+
+    More gain little there, and where other processes want the cores too they wait for each other, a hundredfold.
+    """
+    threads = torch.get_num_threads()
+    if work >= _ONE_THREAD_WORK or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def unit_scale(program: LayerProgram) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:

@@ -33,6 +33,7 @@ NAME = "topk_admm"
 _FLOAT32_WORK = 1e6  # N²M from which supports are searched in single precision
 _RENEWALS = 12  # of T, after the search, with swaps on the first few
 _SWAP_RENEWALS = 3
+_ROUGH_RENEWALS = 3  # while a budget's number of weights is sought
 _SETTLED = 1e-4
 _SIZES = 8  # tried for a budget
 _CLOSE = 0.03
@@ -116,24 +117,25 @@ def _correlations(program: LayerProgram, W: Tensor) -> Tensor:
 
 def _solve(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> Fit:
     """Search, swaps and refit for one number of nonzeros; the fit is that of the last T."""
+    fit = swap(problem.G, problem.C, supports, _find(problem, supports, start))
+    return _settle(problem, supports, fit, min(limit, _RENEWALS), swaps=True) if problem.program.relu else fit
+
+
+def _find(problem: _Problem, supports: Supports, start: Tensor) -> Fit:
     M, N = problem.program.shape
     dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
-    mask = search(problem.G, problem.C, supports, start, dtype)
     problem.iterations += 1
-    fit = swap(problem.G, problem.C, supports, refit(problem.G, problem.C, mask))
-    if not problem.program.relu:
-        return fit
-    return _settle(problem, supports, fit, limit)
+    return refit(problem.G, problem.C, search(problem.G, problem.C, supports, start, dtype))
 
 
-def _settle(problem: _Problem, supports: Supports, fit: Fit, limit: int) -> Fit:
+def _settle(problem: _Problem, supports: Supports, fit: Fit, renewals: int, *, swaps: bool) -> Fit:
     """Renew T and refit until the weights settle; every renewal lowers ``F``."""
-    for renewal in range(min(limit, _RENEWALS)):
+    for renewal in range(renewals):
         before = fit.W
         problem.renew(fit.W)
         problem.iterations += 1
         fit = refit(problem.G, problem.C, fit.mask)
-        if renewal < _SWAP_RENEWALS:
+        if swaps and renewal < _SWAP_RENEWALS:
             fit = swap(problem.G, problem.C, supports, fit)
         if float((fit.W - before).norm()) <= _SETTLED * float(before.norm()):
             break
@@ -157,7 +159,9 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     low_excess, high_excess = math.log(max(program.misfit(zero), 1e-300) / budget), math.log(max(program.misfit(everything), 1e-300) / budget)
     size = max(1, round(0.2 * total))
     for _ in range(_SIZES):
-        fit = _solve(problem, dataclasses.replace(supports, kept=size), start, limit)
+        fit = _find(problem, dataclasses.replace(supports, kept=size), start)
+        if program.relu:
+            fit = _settle(problem, supports, fit, _ROUGH_RENEWALS, swaps=False)
         excess = math.log(max(program.misfit(problem.true(fit.W)), 1e-300) / budget)
         start = fit.W
         if excess <= 0:
@@ -171,7 +175,13 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
         size = min(max(round(low + min(max(share, 0.1), 0.9) * (high - low)), low + 1), max(high - 1, low + 1))
     if best is None:
         return everything
-    return problem.true(_trim(problem, supports, best[1], budget))
+    size, fit = best
+    better = swap(problem.G, problem.C, dataclasses.replace(supports, kept=size), fit)
+    if program.relu:
+        better = _settle(problem, dataclasses.replace(supports, kept=size), better, min(limit, _RENEWALS), swaps=True)
+    if program.misfit(problem.true(better.W)) <= budget:  # T is not the one that the fit was found with
+        fit = better
+    return problem.true(_trim(problem, supports, fit, budget))
 
 
 def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Tensor:

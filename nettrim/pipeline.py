@@ -1,0 +1,199 @@
+"""The order of the stages: goals, then layer by layer capture, program, solver, write-back; certificate and report."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nettrim import calibration as calibrations
+from nettrim import capture, dispatch, layers, selection
+from nettrim.allocation import Curve
+from nettrim.budgets import Budget, Layer
+from nettrim.certificate import Promise, certify, make_promise, network_bound
+from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
+from nettrim.goals import set_goals
+from nettrim.options import Options
+from nettrim.progress import Progress, ProgressEvent
+from nettrim.report import LayerReport, Report
+from nettrim.selection import Pattern
+from nettrim.solvers import Solution
+from nettrim.storing import Stored, store
+from nettrim.tracing import Trace, TracedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """A pruned network and what is known about it.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The pruned network: a copy, or the model itself with ``inplace=True``.
+    masks : dict of str to Tensor
+        Parameter name to a bool tensor of its shape, True where a weight is kept.
+    report : Report
+    """
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    report: Report
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is pruned, and on which data: what stays the same where several options are tried."""
+
+    model: nn.Module
+    solve_on: list[Any]
+    keep_out: list[Any]
+    run: calibrations.Run
+    trace: Trace
+    targets: Iterable[Pattern] | Pattern | None
+    ignore: Iterable[Pattern] | Pattern
+    device: torch.device | str | None
+    progress: bool | Callable[[ProgressEvent], None] | None
+    executor: Executor | None
+    curves: dict[str, Curve] = dataclasses.field(default_factory=dict)  # what an allocation measures of the dense network, once
+
+
+def execute(task: Task, options: Options) -> PruneResult:
+    """Prune a copy of the task's model, once, and certify it; the errors are those of :func:`nettrim.prune`."""
+    start = time.perf_counter()
+    model, run, traced, solve_on, keep_out, device = task.model, task.run, task.trace, task.solve_on, task.keep_out, task.device
+    names, skipped = selection.select(model, traced, task.targets, task.ignore)
+    goals = set_goals(model, traced, names, skipped, options, solve_on, run, device, task.curves)
+    chosen = [layer for layer in traced.layers if layer.name in goals.names]
+    last = traced.layers[-1].name
+    if options.kappa != 1 and last not in goals.names:
+        raise ArgumentError(
+            f"kappa={options.kappa} tightens the budget of the last layer, {last!r}, which is not pruned ({skipped[last]}); leave kappa at 1"
+        )
+    # before hours of solving, not after: the network's outputs can be compared
+    dense_outputs = [capture.outputs(model, part, run) for part in (solve_on, keep_out) if part]
+    pruned = _copy(model)
+    dropped_rows = False
+    reports: list[LayerReport] = []
+    promises: dict[str, Promise] = {}
+
+    def prepare(layer: TracedLayer) -> tuple[Layer, Budget]:
+        nonlocal dropped_rows
+        seen = _observe(model, pruned, layer, solve_on, run, device, two_streams=options.mode == "cascade")
+        if options.max_rows is not None and options.max_rows < seen.inputs.shape[0]:
+            seen, dropped_rows = _some_rows(seen, options.max_rows, options.seed), True
+        return seen, goals.budget(layer, seen, last=layer.name == last)
+
+    def finish(seen: Layer, budget: Budget, solution: Solution) -> str:
+        stored = store(pruned.get_submodule(seen.name), seen, budget, solution, options.solver, options.tol, options.max_iter)
+        if stored.failure is not None:
+            if options.on_failure == "raise":
+                raise _failure(seen.name, stored)
+            skipped[seen.name] = f"kept dense: {stored.failure}"
+            return stored.solution.status
+        module = pruned.get_submodule(seen.name)
+        reports.append(_layer_report(module, seen, stored))
+        promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, stored.promise, budget.inflation)
+        return stored.solution.status
+
+    solutions = dispatch.solutions(chosen, prepare, options, task.executor)
+    with Progress(task.progress, len(chosen)) as report_progress, contextlib.closing(solutions) as solved:
+        for seen, budget, solution in solved:
+            report_progress(seen.name, finish(seen, budget, solution))
+    why_not = "with max_rows the promises cover the rows that were drawn" if dropped_rows else traced.not_chain_reason
+    guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
+    outputs = [(dense, capture.outputs(pruned, part, run)) for dense, part in zip(dense_outputs, (solve_on, keep_out), strict=False)]
+    entries = sum(math.prod(r.shape) for r in reports)
+    report = Report(
+        layers=tuple(reports),
+        skipped=skipped,
+        certificate=certify(tuple(reports), outputs[0], outputs[1] if keep_out else None, guaranteed, why_not),
+        options=options.describe(),
+        density=sum(r.nonzeros for r in reports) / entries if entries else 1.0,
+        seconds=time.perf_counter() - start,
+    )
+    masks = {
+        f"{r.name}.weight".lstrip("."): pruned.get_submodule(r.name).get_parameter("weight").detach() != 0 for r in reports
+    }
+    return PruneResult(pruned, masks, report)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ArgumentError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); expected a module that copy.deepcopy takes: "
+            "drop what it caches, e.g. tensors that carry gradients"
+        ) from error
+
+
+def _observe(
+    model: nn.Module,
+    pruned: nn.Module,
+    layer: TracedLayer,
+    batches: list[Any],
+    run: calibrations.Run,
+    device: torch.device | str | None,
+    *,
+    two_streams: bool,
+) -> Layer:
+    """The rows of one layer's program: inputs from the network pruned so far where there are two streams, targets from the dense one."""
+    A, Z = capture.rows(model, batches, run, layer.module, device=device)
+    disturbed = False
+    if two_streams:
+        seen, _ = capture.rows(pruned, batches, run, pruned.get_submodule(layer.name), device=device)
+        if seen.shape != A.shape:
+            raise NetTrimError(
+                f"layer {layer.name!r} has {seen.shape[0]} rows in the pruned network and {A.shape[0]} in the dense one; its shape depends on "
+                "values, which a cascade cannot follow: use mode='parallel'"
+            )
+        disturbed = not torch.equal(seen, A)
+        A = seen
+    Y = Z.clamp(min=0) if layer.activation == "relu" else Z
+    return Layer(layer.name, A, Y, Z, layers.as_matrix(layer.module).to(A), layer.activation, disturbed)
+
+
+def _some_rows(layer: Layer, count: int, seed: int) -> Layer:
+    """``count`` of the layer's rows, in order; the same ones for the same seed and number of rows."""
+    drawn = torch.randperm(layer.inputs.shape[0], generator=torch.Generator().manual_seed(seed))[:count]
+    index = drawn.sort().values.to(layer.inputs.device)
+    return dataclasses.replace(layer, inputs=layer.inputs[index], targets=layer.targets[index], outputs=layer.outputs[index])
+
+
+def _failure(name: str, stored: Stored) -> NetTrimError:
+    kind = InfeasibleError if stored.solution.status == "infeasible" else ConvergenceError
+    return kind(f"layer {name!r}: {stored.failure}. The model is unchanged; on_failure='keep_dense' would keep this layer dense and go on")
+
+
+def _layer_report(module: nn.Module, seen: Layer, stored: Stored) -> LayerReport:
+    weight = module.get_parameter("weight")
+    nonzeros = int((weight != 0).sum())
+    norm = float(seen.targets.double().norm())
+    solution = stored.solution
+    return LayerReport(
+        name=seen.name,
+        shape=(weight.shape[0], weight[0].numel()),
+        rows=seen.inputs.shape[0],
+        nonzeros=nonzeros,
+        density=nonzeros / weight.numel(),
+        epsilon=stored.promise,
+        discrepancy=stored.discrepancy,
+        relative_discrepancy=stored.discrepancy / norm if norm > 0 else 0.0 if stored.discrepancy == 0 else math.inf,
+        objective=solution.objective,
+        lower_bound=solution.lower_bound,
+        gap=solution.gap,
+        status=solution.status,
+        iterations=solution.iterations,
+        seconds=solution.seconds,
+        solver=solution.solver,
+        activation=seen.activation,
+    )

@@ -1,0 +1,111 @@
+"""How one sparsity is spread: sensitivities against their definition, the least sum against enumeration, and less lost at the end."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from networks import chain, hooks_of, samples
+from torch import nn
+
+import nettrim
+from nettrim import ArgumentError, allocation, calibration
+from nettrim.allocation import Curve, spread
+from nettrim.sensitivity import sensitivities
+
+
+def test_sensitivities_are_the_mean_squares_of_the_jacobian():
+    model = chain(6, 5, 4, 3, dtype=torch.float64)
+    inputs = samples(3000, 6).double()
+    found = sensitivities(model, calibration.batches(inputs), calibration.runner(), ["0", "2", "4"], 0)
+    torch.testing.assert_close(found["4"], torch.ones(3, dtype=torch.float64))
+    # by hand for the first layer: ∂f/∂z = W₃ diag(z₂ > 0) W₂ diag(z₁ > 0)
+    with torch.no_grad():
+        z1 = model[0](inputs)
+        z2 = model[2](z1.relu())
+        jacobians = torch.einsum("ij,pj,jk,pk->pik", model[4].weight, (z2 > 0).double(), model[2].weight, (z1 > 0).double())
+        exact = jacobians.square().sum(1).mean(0)
+    torch.testing.assert_close(found["0"], exact, rtol=0.15, atol=0)
+
+
+def test_sensitivities_leave_the_model_as_it_was():
+    model = chain(6, 5, 3).train()
+    before = copy.deepcopy(model.state_dict())
+    model[0].weight.requires_grad_(False)
+    assert sensitivities(model, calibration.batches(samples(50, 6)), calibration.runner(), ["0", "2"], 0) is not None
+    assert model.training
+    assert hooks_of(model) == 0
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Detached(nn.Module):
+    """A network through which no gradient comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.two(self.one(x).relu().detach()).detach()
+
+
+def test_without_gradients_one_sparsity_cannot_be_spread_and_that_is_said():
+    model = Detached()
+    assert sensitivities(model, calibration.batches(samples(50, 6)), calibration.runner(), ["one", "two"], 0) is None
+    with pytest.raises(ArgumentError, match="expected allocation='uniform'"):
+        nettrim.prune(model, samples(50, 6), sparsity=0.5)
+    assert nettrim.prune(model, samples(50, 6), sparsity=0.5, allocation="uniform").report.certificate.holds
+
+
+def curve(size: int, power: float, scale: float) -> Curve:
+    kept = np.array([2.0, 5.0, 10.0, 20.0])
+    return Curve(kept, scale * kept**-power, size)
+
+
+@pytest.mark.parametrize("total", [3, 20, 41, 60])
+def test_the_sum_of_errors_is_least(total):
+    found = {"a": curve(30, 1.0, 1.0), "b": curve(40, 2.0, 10.0), "c": curve(10, 0.5, 0.3)}
+    kept = spread(found, total)
+    assert sum(kept.values()) == total
+    assert all(0 <= kept[name] <= found[name].size for name in kept)
+
+    def error(numbers) -> float:
+        return sum(float(found[name].at(np.array([count]))[0]) for name, count in zip(found, numbers, strict=True))
+
+    best = min(error(numbers) for numbers in itertools.product(*(range(1, found[name].size + 1) for name in found)) if sum(numbers) == total)
+    assert error(kept.values()) <= 1.05 * best
+
+
+def test_a_curve_goes_through_its_points_and_on_beyond_them():
+    found = curve(100, 2.0, 3.0)
+    np.testing.assert_allclose(found.at(found.kept), found.error)
+    np.testing.assert_allclose(found.at(np.array([1.0, 7.0, 50.0])), 3.0 * np.array([1.0, 7.0, 50.0]) ** -2.0)
+
+
+def test_one_sparsity_is_met_over_all_layers_and_costs_less_than_the_same_in_each(digits_network):
+    model, calibration_samples, images, _ = digits_network
+    results = {
+        how: nettrim.prune(model, calibration_samples, sparsity=0.85, allocation=how, holdout=0.0) for how in ("auto", "uniform")
+    }
+    total = sum(math.prod(layer.shape) for layer in results["auto"].report.layers)
+    for result in results.values():
+        assert result.report.certificate.holds
+    assert sum(layer.nonzeros for layer in results["auto"].report.layers) == math.floor(0.15 * total + 0.5 + 1e-9)
+    assert len({round(layer.density, 3) for layer in results["auto"].report.layers}) > 1
+    with torch.no_grad():
+        lost = {how: float((result.model(images) - model(images)).norm()) for how, result in results.items()}
+    assert lost["auto"] < lost["uniform"]
+
+
+def test_curves_are_measured_once_for_several_trials(digits_network, monkeypatch):
+    model, calibration_samples, _, _ = digits_network
+    calls = []
+    measure = allocation.measure
+    monkeypatch.setattr(allocation, "measure", lambda *args: (calls.append(1), measure(*args))[1])
+    result = nettrim.prune(model, calibration_samples, budget=0.2)
+    assert len(calls) == 1
+    assert result.report.certificate.relative_measured <= 0.2
