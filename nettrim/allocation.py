@@ -27,17 +27,29 @@ from nettrim.solvers.base import threads_for
 from nettrim.solvers.support import refit, search
 
 _DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+_LEAST = 1e-3
 _GRID = 400
 _BISECTIONS = 100
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a layer's weights do for the output: ``error`` (squared, increasing losses) at numbers of weights ``kept``, ascending."""
+    """What a layer's weights do for the output.
+
+    Attributes
+    ----------
+    kept, error : ndarray, (K,)
+        Numbers of weights, ascending, and the squared error that they leave at the output.
+    size : int
+        All weights of the layer.
+    importance : Tensor, (M,)
+        What errors of its neurons do there, by which its support is chosen: ``d``, none below a thousandth of the mean.
+    """
 
     kept: np.ndarray
     error: np.ndarray
     size: int
+    importance: Tensor
 
     def at(self, kept: np.ndarray) -> np.ndarray:
         """The squared error at other numbers; beyond the ends the last slope goes on."""
@@ -76,7 +88,9 @@ def measure(
 
 def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool) -> Curve:
     column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
-    row = d.clamp(min=1e-12 * float(d.max().clamp(min=1e-300))).sqrt().unsqueeze(1)
+    mean = float(d.mean()) or 1.0
+    importance = d.clamp(min=_LEAST * mean) if float(d.max()) > 0 else torch.ones_like(d)
+    row = importance.sqrt().unsqueeze(1)
     scaled, start = G / column / column[:, None], W * column * row
     C = start @ scaled
     total = float((start * C).sum())
@@ -96,7 +110,7 @@ def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool) -> Curve:
     if len(kept) == 1:
         kept, errors = [kept[0], kept[0] + 1], [errors[0], errors[0]]
     # more weights never do worse
-    return Curve(np.array(kept, dtype=float), np.minimum.accumulate(np.array(errors)), size)
+    return Curve(np.array(kept, dtype=float), np.minimum.accumulate(np.array(errors)), size, importance)
 
 
 def spread(found: dict[str, Curve], total: int) -> dict[str, int]:

@@ -112,14 +112,23 @@ def make_budget(
     return Budget(program(epsilon), promise, factor)
 
 
-def make_selection(layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, support: Tensor | None, has_bias: bool) -> Budget:
+def make_selection(
+    layer: Layer,
+    *,
+    sparsity: float,
+    pattern: Pattern,
+    repair: float,
+    support: Tensor | None,
+    importance: Tensor | None,
+    has_bias: bool,
+) -> Budget:
     """The program of one layer that is to have a share ``sparsity`` of zeros in a pattern.
 
     Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
     program sees ``G`` and ``C`` alone (what knowing of the ReLU brings is in docs/sparsity.md). The bias does not count and is fitted.
 
     Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
-    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do.
+    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do. ``importance`` (M,) is the program's.
     """
     width = layer.dense.shape[1] - has_bias
     shape = (layer.dense.shape[0], width)
@@ -141,6 +150,7 @@ def make_selection(layer: Layer, *, sparsity: float, pattern: Pattern, repair: f
         activation=None,
         l1_weights=weights,
         pattern=pattern.text,
+        importance=importance,
         support=None if support is None else support.to(layer.inputs.device),
     )
     return Budget(program, None, None)

@@ -36,6 +36,8 @@ class Goals:
     pattern : Pattern
     allowed : dict of str to Tensor, (M, N) bool
         The weights that may stay, of layers where not all may.
+    importance : dict of str to Tensor, (M,)
+        By which supports are chosen, where the weights are spread by what they do for the network's output.
     """
 
     options: Options
@@ -44,6 +46,7 @@ class Goals:
     shares: dict[str, float]
     pattern: Pattern
     allowed: dict[str, Tensor]
+    importance: dict[str, Tensor]
 
     @property
     def names(self) -> set[str]:
@@ -58,7 +61,13 @@ class Goals:
             if options.preserve_zeros:
                 support = layers.nonzeros(layer.module) if support is None else support & layers.nonzeros(layer.module)
             return make_selection(
-                seen, sparsity=self.shares[layer.name], pattern=self.pattern, repair=float(options.repair), support=support, has_bias=has_bias
+                seen,
+                sparsity=self.shares[layer.name],
+                pattern=self.pattern,
+                repair=float(options.repair),
+                support=support,
+                importance=self.importance.get(layer.name),
+                has_bias=has_bias,
             )
         return make_budget(
             seen,
@@ -93,7 +102,7 @@ def set_goals(
     pattern = parse(options.pattern)
     if options.epsilon is not None:
         relative = selection.per_layer(model, names, options.epsilon, "epsilon", selection.positive, skipped)
-        return Goals(options, relative, isinstance(options.epsilon, Mapping), {}, pattern, {})
+        return Goals(options, relative, isinstance(options.epsilon, Mapping), {}, pattern, {}, {})
     asked = options.sparsity if options.sparsity is not None else 1 - (pattern.share or 0.0)
     shares = selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
     share = float(asked) if isinstance(asked, Real) else 0.0
@@ -103,8 +112,9 @@ def set_goals(
         total = sum(curve.size for curve in curves.values())
         kept = allocation.spread(curves, UNSTRUCTURED.kept((1, total), share))
         shares = {name: 1 - kept[name] / curves[name].size for name in names}
+        return Goals(options, {}, True, shares, pattern, {}, {name: curve.importance for name, curve in curves.items()})
     if pattern is not NEURON:
-        return Goals(options, {}, True, shares, pattern, {})
+        return Goals(options, {}, True, shares, pattern, {}, {})
     allowed = neurons.supports(model, trace, batches, run, shares, device)
     reason = "its neurons are not read by one layer alone, and it reads from none that loses some"
     skipped |= {name: reason for name in shares if name not in allowed}
@@ -112,4 +122,4 @@ def set_goals(
     shares = {name: shares.get(name, 0.0) for name in names if name in allowed}
     if not shares:
         raise ArgumentError(f"pattern='neuron': the model has no layer that can lose neurons ({skipped}); expected one that one other layer reads")
-    return Goals(options, {}, True, shares, pattern, allowed)
+    return Goals(options, {}, True, shares, pattern, allowed, {})

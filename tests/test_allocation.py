@@ -63,7 +63,7 @@ def test_without_gradients_one_sparsity_cannot_be_spread_and_that_is_said():
 
 def curve(size: int, power: float, scale: float) -> Curve:
     kept = np.array([2.0, 5.0, 10.0, 20.0])
-    return Curve(kept, scale * kept**-power, size)
+    return Curve(kept, scale * kept**-power, size, torch.ones(2))
 
 
 @pytest.mark.parametrize("total", [3, 20, 41, 60])

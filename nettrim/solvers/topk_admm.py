@@ -27,12 +27,12 @@ from nettrim.programs import LayerProgram
 from nettrim.residual import residual
 from nettrim.solvers.base import Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
-from nettrim.solvers.support import Fit, refit, search, swap
+from nettrim.solvers.support import Fit, refit, search
 
 NAME = "topk_admm"
 _FLOAT32_WORK = 1e6  # N²M from which supports are searched in single precision
-_RENEWALS = 12  # of T, after the search, with swaps on the first few
-_SWAP_RENEWALS = 3
+_SEARCHES = 2  # before a ReLU
+_RENEWALS = 12  # of T, on the support found
 _ROUGH_RENEWALS = 3  # while a budget's number of weights is sought
 _SETTLED = 1e-4
 _SIZES = 8  # tried for a budget
@@ -116,9 +116,17 @@ def _correlations(program: LayerProgram, W: Tensor) -> Tensor:
 
 
 def _solve(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> Fit:
-    """Search, swaps and refit for one number of nonzeros; the fit is that of the last T."""
-    fit = swap(problem.G, problem.C, supports, _find(problem, supports, start))
-    return _settle(problem, supports, fit, min(limit, _RENEWALS), swaps=True) if problem.program.relu else fit
+    """Search and refit for one number of nonzeros; the fit is that of the last T."""
+    fit = _find(problem, supports, start)
+    if not problem.program.relu:
+        return fit
+    for _ in range(_SEARCHES - 1):  # again, with the T of what was found
+        problem.renew(fit.W)
+        again = _find(problem, supports, fit.W)
+        if problem.program.misfit(problem.true(again.W)) >= problem.program.misfit(problem.true(fit.W)):
+            break
+        fit = again
+    return _settle(problem, fit, min(limit, _RENEWALS))
 
 
 def _find(problem: _Problem, supports: Supports, start: Tensor) -> Fit:
@@ -128,15 +136,13 @@ def _find(problem: _Problem, supports: Supports, start: Tensor) -> Fit:
     return refit(problem.G, problem.C, search(problem.G, problem.C, supports, start, dtype))
 
 
-def _settle(problem: _Problem, supports: Supports, fit: Fit, renewals: int, *, swaps: bool) -> Fit:
+def _settle(problem: _Problem, fit: Fit, renewals: int) -> Fit:
     """Renew T and refit until the weights settle; every renewal lowers ``F``."""
-    for renewal in range(renewals):
+    for _ in range(renewals):
         before = fit.W
         problem.renew(fit.W)
         problem.iterations += 1
         fit = refit(problem.G, problem.C, fit.mask)
-        if swaps and renewal < _SWAP_RENEWALS:
-            fit = swap(problem.G, problem.C, supports, fit)
         if float((fit.W - before).norm()) <= _SETTLED * float(before.norm()):
             break
     return fit
@@ -154,18 +160,18 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     if program.misfit(zero) <= budget:
         return zero
 
-    best: tuple[int, Fit] | None = None
+    best: Fit | None = None
     low, high = 0, total
     low_excess, high_excess = math.log(max(program.misfit(zero), 1e-300) / budget), math.log(max(program.misfit(everything), 1e-300) / budget)
     size = max(1, round(0.2 * total))
     for _ in range(_SIZES):
         fit = _find(problem, dataclasses.replace(supports, kept=size), start)
         if program.relu:
-            fit = _settle(problem, supports, fit, _ROUGH_RENEWALS, swaps=False)
+            fit = _settle(problem, fit, _ROUGH_RENEWALS)
         excess = math.log(max(program.misfit(problem.true(fit.W)), 1e-300) / budget)
         start = fit.W
         if excess <= 0:
-            high, high_excess, best = size, excess, (size, fit)
+            high, high_excess, best = size, excess, fit
         else:
             low, low_excess = size, excess
         if high - low <= 1 or (best is not None and high - low <= _CLOSE * high):
@@ -175,12 +181,10 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
         size = min(max(round(low + min(max(share, 0.1), 0.9) * (high - low)), low + 1), max(high - 1, low + 1))
     if best is None:
         return everything
-    size, fit = best
-    better = swap(problem.G, problem.C, dataclasses.replace(supports, kept=size), fit)
+    fit = best
     if program.relu:
-        better = _settle(problem, dataclasses.replace(supports, kept=size), better, min(limit, _RENEWALS), swaps=True)
-    if program.misfit(problem.true(better.W)) <= budget:  # T is not the one that the fit was found with
-        fit = better
+        better = _settle(problem, fit, min(limit, _RENEWALS))
+        fit = better if program.misfit(problem.true(better.W)) <= budget else fit
     return problem.true(_trim(problem, supports, fit, budget))
 
 
