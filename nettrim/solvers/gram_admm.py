@@ -205,6 +205,7 @@ def _change_sigma(gram: Gram, s: _State, factor: float) -> None:
         S = s.sparse(rows)
         s.T[rows] = S + (s.T[rows] - S) / factor
     s.sigma = wanted
+    s.inverse = s.inverse.new_empty(0)  # gone before the next is made
     s.inverse = gram.inverse(s.sigma, s.T.dtype)
 
 
