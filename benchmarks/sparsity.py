@@ -1,7 +1,7 @@
 """``python -m benchmarks.sparsity``: the same number of weights kept, by ours and by one-shot pruners of others.
 
-Two sections: ``networks``, fully connected networks on MNIST pruned in cascade and not retrained, and ``minilm``, the linear layers of a
-language model one by one. What is compared and measured is in ``benchmarks/README.md``.
+Three sections: ``networks``, fully connected networks on MNIST pruned in cascade and not retrained; ``minilm``, the linear layers of a
+language model one by one; and ``options``, what ours does besides. What is compared and measured is in ``benchmarks/README.md``.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,12 @@ from benchmarks.options import Choices, Numbers, open_console
 from benchmarks.results import Results
 from benchmarks.solver_session import Check, limited_threads
 from benchmarks.sparsity_judge import METHODS, OURS, measure
-from benchmarks.sparsity_tables import draw, layer_checks, layer_tables, network_checks, network_tables, print_checks
+from benchmarks.sparsity_options import CASES, measure_option
+from benchmarks.sparsity_tables import draw, layer_checks, layer_tables, network_checks, network_tables, option_table, print_checks
 from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "sparsity.json"
-SECTIONS = ("networks", "minilm")
+SECTIONS = ("networks", "minilm", "options")
 Run = dict[str, Any]
 
 
@@ -129,6 +130,22 @@ def run_minilm(protocol: Protocol, results: Results, seed: int, console: Console
     return runs
 
 
+def run_options(protocol: Protocol, results: Results, seed: int, console: Console) -> list[Run]:
+    """Section ``options``, likewise."""
+    data = load(protocol.data)
+    recipe = RECIPES["plain"] if protocol.epochs is None else replace(RECIPES["plain"], epochs=protocol.epochs)
+    runs = []
+    for network in protocol.networks:
+        with console.status(f"training {network}"):
+            trained = load_or_train(data, network, recipe, seed=seed)
+        settings = {"section": "options", "data": data.name, "network": network, "weights": trained.path.stem, "samples": protocol.samples}
+        for case in CASES:
+            each = {**settings, "case": case, "seed": seed}
+            runs.append(_measured(results, each, partial(measure_option, trained, data, each), console))
+    option_table(console, runs)
+    return runs
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", is_flag=True, help="LeNet-300-100 trained briefly, 1,000 samples, two shares; no minilm unless asked for.")
 @click.option("--data", "data_name", type=click.Choice(list(LOADERS)), default="mnist", show_default=True, help="digits: tiny.")
@@ -168,9 +185,12 @@ def main(
             layers = run_minilm(protocol, results, seed, console)
             runs += layers
             checks += layer_checks(layers, ours)
+        if "options" in sections:
+            runs += run_options(protocol, results, seed, console)
     print_checks(console, checks, protocol == FULL)
     console.print(results.describe(runs), highlight=False)
-    for path in [out, *draw(runs, out.with_name(f"{out.stem}-accuracy.png"))]:
+    compared = [run for run in runs if run["settings"]["section"] != "options"]
+    for path in [out, *draw(compared, out.with_name(f"{out.stem}-accuracy.png"))]:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     broken = [run for run in runs if "error" in run or not run["within"]]
     if broken:

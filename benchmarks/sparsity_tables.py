@@ -131,6 +131,26 @@ def print_checks(console: Console, checks: list[Check], full: bool) -> None:
         print_table(console, title, ("section", "figure", "found", "asked", "met"), rows)
 
 
+def option_table(console: Console, runs: list[Run]) -> None:
+    """A table a network of the section ``options``: what was asked for, what is kept of all weights, and what it cost."""
+    for network in _values(runs, "network"):
+        rows = []
+        for run in _of(runs, network=network):
+            name = run["settings"]["case"]
+            if "error" in run:
+                rows.append((name, "failed", "", "", "", "", ""))
+                continue
+            figures = (f"{100 * run['density']:.2f}", f"{100 * run['accuracy']:.2f}", f"{run['logit_error']:.3f}", "yes" if run["holds"] else "NO")
+            rows.append((name, *figures, f"{run['seconds']:.1f}", f"{run['speed_up']:.2f}" if "speed_up" in run else "–"))
+        print_table(
+            console,
+            f"{TITLES[network]}: other ways to ask",
+            ("asked", "kept % of all weights", "accuracy %", "error of the logits", "certificate holds", "s", "dense / shrunk forward pass"),
+            rows,
+            "sparsity, neurons: cascade; epsilon: parallel, every layer's own budget",
+        )
+
+
 def draw(runs: list[Run], path: Path) -> list[Path]:
     """Plot accuracy and error of the logits against density, a column of panels a network, where matplotlib is installed.
 

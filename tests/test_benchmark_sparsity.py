@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from benchmarks import data, networks, pruners, sparsity, sparsity_judge, sparsity_minilm
+from benchmarks import data, networks, pruners, sparsity, sparsity_judge, sparsity_minilm, sparsity_options
 from benchmarks.mnist import linear_layers
 from benchmarks.pruners import PRUNERS
 from benchmarks.solver_problems import correlated_layer
@@ -315,3 +316,18 @@ def test_a_failed_run_and_one_that_keeps_too_many_are_reported(tmp_path: Path, m
 def test_wrong_options_are_refused(arguments: list[str], tmp_path: Path) -> None:
     result = invoke(tmp_path / "results.json", *arguments)
     assert result.exit_code == 2 and arguments[0] in result.output
+
+
+def test_other_ways_to_ask_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsity, "DIGITS", replace(sparsity.DIGITS, epochs=20, samples=200))
+    out = tmp_path / "results.json"
+    result = invoke(out, "--data", "digits", "--only", "options")
+    assert result.exit_code == 0, result.output
+    assert "other ways to ask" in result.output
+    runs = json.loads(out.read_text())["runs"]
+    assert {run["settings"]["case"] for run in runs} == set(sparsity_options.CASES)
+    by_case = {run["settings"]["case"]: run for run in runs}
+    assert all(run["holds"] for run in runs)
+    assert by_case["half the neurons"]["speed_up"] > 0
+    assert by_case["sparsity 0.9, auto"]["density"] == pytest.approx(0.1, abs=0.01)
+    assert by_case["epsilon 0.1, l0"]["density"] < by_case["epsilon 0.1, l1"]["density"]
