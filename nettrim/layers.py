@@ -7,6 +7,7 @@ the rows of inputs then end in a one, so that ``Z = A Wᵀ`` holds with and with
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -171,6 +172,23 @@ def as_matrix(module: nn.Module) -> Tensor:
     if not has_bias(module):
         return matrix.clone()
     return torch.cat([matrix, module.get_parameter("bias").detach()[:, None]], dim=1)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises
+    ------
+    ArgumentError
+        The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ArgumentError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); expected a module that copy.deepcopy takes: "
+            "drop what it caches, e.g. tensors that carry gradients"
+        ) from error
 
 
 def nonzeros(module: nn.Module) -> Tensor:

@@ -61,6 +61,8 @@ class Options:
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
         if self.penalty == "l0" and self.consistency == "paper":
             raise ArgumentError("penalty='l0' was given with consistency='paper'; expected 'relaxed': its one-sided constraints are not kept")
+        if self.epsilon is None and self.consistency == "paper":
+            raise ArgumentError("consistency='paper' was given without epsilon; expected 'relaxed': only budgets have the papers' constraints")
         if not isinstance(self.solver, str):
             raise ArgumentError(f"solver={self.solver!r}; expected the name of one, or 'auto'")
         check_solver(self.solver)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import time
@@ -80,7 +79,7 @@ def execute(task: Task, options: Options) -> PruneResult:
         )
     # before hours of solving, not after: the network's outputs can be compared
     dense_outputs = [capture.outputs(model, part, run) for part in (solve_on, keep_out) if part]
-    pruned = _copy(model)
+    pruned = layers.copy_of(model)
     dropped_rows = False
     reports: list[LayerReport] = []
     promises: dict[str, Promise] = {}
@@ -124,16 +123,6 @@ def execute(task: Task, options: Options) -> PruneResult:
         f"{r.name}.weight".lstrip("."): pruned.get_submodule(r.name).get_parameter("weight").detach() != 0 for r in reports
     }
     return PruneResult(pruned, masks, report)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ArgumentError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); expected a module that copy.deepcopy takes: "
-            "drop what it caches, e.g. tensors that carry gradients"
-        ) from error
 
 
 def _observe(

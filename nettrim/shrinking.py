@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
-from nettrim import capture
+from nettrim import capture, layers
 from nettrim.errors import ArgumentError, CalibrationError, NetTrimError
 from nettrim.tracing import Trace, TracedLayer, trace
 
@@ -80,10 +79,10 @@ def shrink(model: nn.Module, sample: Any, *, forward_fn: Callable[[nn.Module, An
     batches = calibrations.batches(sample)
     pairs = _pairs(trace(model, batches, run))
     if not all(bool(mask.all()) for mask in _live(pairs, _variable(pairs)).values()):
-        pairs = _proven(_copy(model), pairs, batches, run)
+        pairs = _proven(layers.copy_of(model), pairs, batches, run)
     variable = _variable(pairs)
     live, shifts = _live(pairs, variable), _shifts(pairs, variable)
-    smaller = _copy(model)
+    smaller = layers.copy_of(model)
     changed = []
     for name in dict.fromkeys(layer.name for pair in pairs for layer in (pair.layer, pair.reader)):
         inputs = next((live[pair.layer.name] for pair in pairs if pair.reader.name == name), None)
@@ -94,20 +93,11 @@ def shrink(model: nn.Module, sample: Any, *, forward_fn: Callable[[nn.Module, An
     return smaller
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ArgumentError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); expected a module that copy.deepcopy takes: drop what it caches"
-        ) from error
-
-
 def _pairs(found: Trace) -> list[_Pair]:
     """Layers whose output has one use, the input of another layer, in execution order."""
-    layers = {layer.name: layer for layer in found.layers if layer.skip_reason is None and _is_plain(layer.module)}
-    pairs = [_Pair(layers[str(reader.reads)], reader) for reader in layers.values() if reader.reads_alone and reader.reads in layers]
-    order = list(layers)
+    plain = {layer.name: layer for layer in found.layers if layer.skip_reason is None and _is_plain(layer.module)}
+    pairs = [_Pair(plain[str(reader.reads)], reader) for reader in plain.values() if reader.reads_alone and reader.reads in plain]
+    order = list(plain)
     # a flattened layer may be read by one with more inputs than it has neurons
     fitting = [pair for pair in pairs if pair.reader.module.get_parameter("weight").shape[1] == pair.neurons]
     return sorted(fitting, key=lambda pair: order.index(pair.layer.name))

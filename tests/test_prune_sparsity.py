@@ -138,6 +138,7 @@ def test_the_ends(network, sparsity):
         ({"sparsity": 0.5, "pattern": "block:7x1"}, "does not tile"),
         ({"sparsity": 0.5, "repair": 2}, "repair=2; expected a number from 0 to 1"),
         ({"sparsity": 0.5, "repair": 0.5, "mode": "parallel"}, "only a cascade"),
+        ({"sparsity": 0.5, "consistency": "paper"}, "consistency='paper' was given without epsilon"),
         ({"epsilon": 0.1, "repair": 0.5}, "promised against the dense"),
         ({"epsilon": 0.1, "preserve_zeros": True}, "they go with sparsity"),
     ],
