@@ -1,9 +1,9 @@
 """How one number of weights is spread over the layers: where the next weight does most for the network's output.
 
-For a few numbers of weights ``k`` each layer's support is searched on the dense network's activations, and its misfit weighed by what errors of its
-neurons do at the output (:mod:`nettrim.sensitivity`):
+For a few numbers of weights ``k`` each layer's support is searched on the dense network's activations, and its misfit weighed by what errors do at
+the output (:mod:`nettrim.sensitivity`):
 
-    v_ℓ(k) = Σ_m d_ℓm E (ẑ_m − z_m)²     and     min Σ_ℓ v_ℓ(k_ℓ)  s.t.  Σ_ℓ k_ℓ = K
+    v_ℓ(k) = E (ẑ − z)ᵀ S_ℓ (ẑ − z)     and     min Σ_ℓ v_ℓ(k_ℓ)  s.t.  Σ_ℓ k_ℓ = K
 
 In between, ``log v`` is linear in ``log k``. The minimum has one marginal value of a weight, ``−v_ℓ'(k_ℓ) = μ``, for all layers; μ is bisected.
 """
@@ -20,14 +20,11 @@ from torch import Tensor, nn
 
 from nettrim import capture, layers
 from nettrim.calibration import Run
-from nettrim.errors import ArgumentError
 from nettrim.patterns import UNSTRUCTURED, make_supports
-from nettrim.sensitivity import sensitivities
 from nettrim.solvers.base import threads_for
-from nettrim.solvers.support import refit, search
+from nettrim.solvers.support import normalised, refit, search
 
 _DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-_LEAST = 1e-3
 _GRID = 400
 _BISECTIONS = 100
 
@@ -42,14 +39,11 @@ class Curve:
         Numbers of weights, ascending, and the squared error that they leave at the output.
     size : int
         All weights of the layer.
-    importance : Tensor, (M,)
-        What errors of its neurons do there, by which its support is chosen: ``d``, none below a thousandth of the mean.
     """
 
     kept: np.ndarray
     error: np.ndarray
     size: int
-    importance: Tensor
 
     def at(self, kept: np.ndarray) -> np.ndarray:
         """The squared error at other numbers; beyond the ends the last slope goes on."""
@@ -61,39 +55,27 @@ class Curve:
 
 
 def measure(
-    model: nn.Module, batches: list[Any], run: Run, names: list[str], seed: int, device: torch.device | str | None
+    model: nn.Module, batches: list[Any], run: Run, metrics: dict[str, Tensor], device: torch.device | str | None
 ) -> dict[str, Curve]:
-    """Each layer's curve, from its rows in the dense network.
-
-    Raises
-    ------
-    ArgumentError
-        No gradient comes through the network, so that nothing says what a layer does for the output.
-    """
-    weighing = sensitivities(model, batches, run, names, seed)
-    if weighing is None:
-        raise ArgumentError("no gradient comes through the network, so weights cannot be spread over its layers; expected allocation='uniform'")
+    """The curve of each layer that there is a metric for, from its rows in the dense network."""
     found = {}
-    for name in names:
+    for name, metric in metrics.items():
         module = model.get_submodule(name)
         A, _ = capture.rows(model, batches, run, module, device=device)
         G = torch.zeros((A.shape[1],) * 2, dtype=torch.float64, device=A.device)
         for chunk in A.split(layers.ROWS_PER_CHUNK):
             G.addmm_(chunk.double().T, chunk.double())
-        W, d = layers.as_matrix(module).double().to(A.device), weighing[name].to(A.device)
+        W = layers.as_matrix(module).double().to(A.device)
         with threads_for(W.numel() * W.shape[1]):
-            found[name] = _curve(G / len(A), W, d, layers.has_bias(module))
+            found[name] = _curve(G / len(A), W, metric.to(W), layers.has_bias(module))
     return found
 
 
-def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool) -> Curve:
-    column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
-    mean = float(d.mean()) or 1.0
-    importance = d.clamp(min=_LEAST * mean) if float(d.max()) > 0 else torch.ones_like(d)
-    row = importance.sqrt().unsqueeze(1)
-    scaled, start = G / column / column[:, None], W * column * row
-    C = start @ scaled
-    total = float((start * C).sum())
+def _curve(G: Tensor, W: Tensor, metric: Tensor, has_bias: bool) -> Curve:
+    problem, column, row = normalised(G, metric, torch.float32)
+    start = W * column * row
+    C = start @ problem.G
+    total = -2 * problem.value(start, C)  # of no weights at all: the dense ones leave nothing
     counted = torch.ones(len(column), dtype=torch.bool, device=G.device)
     counted[len(column) - has_bias :] = False
     size = len(W) * int(counted.sum())
@@ -104,13 +86,13 @@ def _curve(G: Tensor, W: Tensor, d: Tensor, has_bias: bool) -> Curve:
         if kept and count <= kept[-1]:
             continue
         supports = make_supports(UNSTRUCTURED.text, count, counted, (len(W), len(column)), None)
-        fit = refit(scaled, C, search(scaled, C, supports, start, torch.float32))
+        fit = refit(problem, C, *search(problem, C, supports, start))
         kept.append(count)
         errors.append(max(total + 2 * fit.value, 1e-12 * total))
     if len(kept) == 1:
         kept, errors = [kept[0], kept[0] + 1], [errors[0], errors[0]]
     # more weights never do worse
-    return Curve(np.array(kept, dtype=float), np.minimum.accumulate(np.array(errors)), size, importance)
+    return Curve(np.array(kept, dtype=float), np.minimum.accumulate(np.array(errors)), size)
 
 
 def spread(found: dict[str, Curve], total: int) -> dict[str, int]:

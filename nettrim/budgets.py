@@ -119,7 +119,7 @@ def make_selection(
     pattern: Pattern,
     repair: float,
     support: Tensor | None,
-    importance: Tensor | None,
+    metric: Tensor | None,
     has_bias: bool,
 ) -> Budget:
     """The program of one layer that is to have a share ``sparsity`` of zeros in a pattern.
@@ -128,7 +128,8 @@ def make_selection(
     program sees ``G`` and ``C`` alone. The bias does not count and is fitted.
 
     Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
-    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do. ``importance`` (M,) is the program's.
+    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do.
+    ``metric`` (M, M) or (M,) is the program's.
     """
     width = layer.dense.shape[1] - has_bias
     shape = (layer.dense.shape[0], width)
@@ -150,7 +151,7 @@ def make_selection(
         activation=None,
         l1_weights=weights,
         pattern=pattern.text,
-        importance=importance,
+        metric=None if metric is None else metric.to(layer.inputs),
         support=None if support is None else support.to(layer.inputs.device),
     )
     return Budget(program, None, None)

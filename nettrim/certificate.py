@@ -53,8 +53,9 @@ class Promise:
 
 def make_promise(module: nn.Module, inputs: Tensor, targets: Tensor, dense: Tensor, epsilon: float, inflation: float | None) -> Promise:
     """The promise ``epsilon`` of a stored layer on its rows ``inputs`` (P, N), ``targets`` (P, M), with the dense weights (M, N)."""
-    larger = torch.maximum(layers.as_matrix(module).to(dense).abs(), dense.abs()).double().T
-    squares = sum(float((A.double().abs() @ larger).square().sum()) for A in inputs.split(layers.ROWS_PER_CHUNK))
+    larger = torch.maximum(layers.as_matrix(module).to(dense).abs(), dense.abs()).T
+    # in the precision of the data: of what rounding can add, a few digits are enough
+    squares = sum(float((A.abs() @ larger).double().square().sum()) for A in inputs.split(layers.ROWS_PER_CHUNK))
     return Promise(epsilon, inflation, inputs.shape[0], float(targets.double().norm()), math.sqrt(squares))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -17,6 +17,7 @@ from nettrim.calibration import Run
 from nettrim.errors import ArgumentError
 from nettrim.options import Options
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern, parse
+from nettrim.sensitivity import output_metrics
 from nettrim.tracing import Trace, TracedLayer
 
 
@@ -36,8 +37,8 @@ class Goals:
     pattern : Pattern
     allowed : dict of str to Tensor, (M, N) bool
         The weights that may stay, of layers where not all may.
-    importance : dict of str to Tensor, (M,)
-        By which supports are chosen, where the weights are spread by what they do for the network's output.
+    metrics : dict of str to Tensor, (M, M)
+        What errors of a layer cost at the network's output; empty where every layer is kept to its own.
     """
 
     options: Options
@@ -46,7 +47,7 @@ class Goals:
     shares: dict[str, float]
     pattern: Pattern
     allowed: dict[str, Tensor]
-    importance: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
     @property
     def names(self) -> set[str]:
@@ -66,7 +67,7 @@ class Goals:
                 pattern=self.pattern,
                 repair=float(options.repair),
                 support=support,
-                importance=self.importance.get(layer.name),
+                metric=self.metrics.get(layer.name),
                 has_bias=has_bias,
             )
         return make_budget(
@@ -81,6 +82,22 @@ class Goals:
         )
 
 
+@dataclass
+class Measured:
+    """What is measured of the dense network, once for all that is tried."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+
+def _metrics(model: nn.Module, batches: list[Any], run: Run, names: list[str], options: Options, spreads: bool) -> dict[str, Tensor]:
+    found = output_metrics(model, batches, run, names, options.seed)
+    if found is None:
+        ways = "fidelity='layer' and allocation='uniform'" if spreads else "fidelity='layer'"
+        raise ArgumentError(f"no gradient comes through the network, so nothing says what a layer's errors do to its output; expected {ways}")
+    return found
+
+
 def set_goals(
     model: nn.Module,
     trace: Trace,
@@ -90,9 +107,9 @@ def set_goals(
     batches: list[Any],
     run: Run,
     device: torch.device | str | None,
-    curves: dict[str, Curve],
+    measured: Measured,
 ) -> Goals:
-    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what an allocation measures to ``curves``.
+    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what is measured to ``measured``.
 
     Raises
     ------
@@ -106,15 +123,18 @@ def set_goals(
     asked = options.sparsity if options.sparsity is not None else 1 - (pattern.share or 0.0)
     shares = selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
     share = float(asked) if isinstance(asked, Real) else 0.0
-    if pattern is UNSTRUCTURED and options.allocation == "auto" and 0 < share < 1 and len(names) > 1:
-        if not curves:
-            curves |= allocation.measure(model, batches, run, names, options.seed, device)
+    spreads = pattern is UNSTRUCTURED and options.allocation == "auto" and 0 < share < 1 and len(names) > 1
+    metrics: dict[str, Tensor] = {}
+    if pattern is not NEURON and (spreads or options.fidelity == "network"):
+        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, names, options, spreads)
+    if spreads:
+        curves = measured.curves = measured.curves or allocation.measure(model, batches, run, metrics, device)
         total = sum(curve.size for curve in curves.values())
         kept = allocation.spread(curves, UNSTRUCTURED.kept((1, total), share))
         shares = {name: 1 - kept[name] / curves[name].size for name in names}
-        return Goals(options, {}, True, shares, pattern, {}, {name: curve.importance for name, curve in curves.items()})
+    metrics = metrics if options.fidelity == "network" else {}
     if pattern is not NEURON:
-        return Goals(options, {}, True, shares, pattern, {}, {})
+        return Goals(options, {}, True, shares, pattern, {}, metrics)
     allowed = neurons.supports(model, trace, batches, run, shares, device)
     reason = "its neurons are not read by one layer alone, and it reads from none that loses some"
     skipped |= {name: reason for name in shares if name not in allowed}

@@ -24,6 +24,7 @@ class Options:
     budget: float | None
     pattern: str
     allocation: str
+    fidelity: str
     repair: float | str
     preserve_zeros: bool
     mode: str
@@ -55,6 +56,7 @@ class Options:
             ("consistency", ("relaxed", "paper")),
             ("penalty", ("l1", "l0")),
             ("allocation", ("auto", "uniform")),
+            ("fidelity", ("network", "layer")),
             ("on_failure", ("raise", "keep_dense")),
         ):
             if getattr(self, name) not in allowed:

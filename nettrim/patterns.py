@@ -6,10 +6,25 @@ import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nettrim.errors import ArgumentError
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest of the scores (K,) are: bool, with exactly so many True; of equal ones the first."""
+    if not 0 < count < scores.numel():
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    if scores.device.type == "cpu":  # a selection, many times as fast as torch's
+        cut = scores.numel() - count
+        threshold = float(np.partition(scores.numpy(), cut)[cut])
+    else:
+        threshold = float(scores.topk(count).values[-1])
+    chosen = scores > threshold
+    chosen[(scores == threshold).nonzero()[: count - int(chosen.sum())]] = True
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,7 @@ class Pattern:
             return mask.view(M, N)
         R, C = self.block_of(N)
         sums = scores if (R, C) == (1, 1) else scores.view(M // R, R, N // C, C).sum((1, 3))
-        chosen = torch.zeros(sums.numel(), dtype=torch.bool, device=scores.device)
-        chosen[sums.flatten().topk(kept // (R * C)).indices] = True
+        chosen = largest(sums.flatten(), kept // (R * C))
         return chosen.view(sums.shape).repeat_interleave(R, 0).repeat_interleave(C, 1)
 
     def allows(self, mask: Tensor) -> bool:

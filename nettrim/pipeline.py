@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
 from nettrim import capture, dispatch, layers, selection
-from nettrim.allocation import Curve
 from nettrim.budgets import Budget, Layer
 from nettrim.certificate import Promise, certify, make_promise, network_bound
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
-from nettrim.goals import set_goals
+from nettrim.goals import Measured, set_goals
 from nettrim.options import Options
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
@@ -62,7 +61,7 @@ class Task:
     device: torch.device | str | None
     progress: bool | Callable[[ProgressEvent], None] | None
     executor: Executor | None
-    curves: dict[str, Curve] = dataclasses.field(default_factory=dict)  # what an allocation measures of the dense network, once
+    measured: Measured = dataclasses.field(default_factory=Measured)
 
 
 def execute(task: Task, options: Options) -> PruneResult:
@@ -70,7 +69,7 @@ def execute(task: Task, options: Options) -> PruneResult:
     start = time.perf_counter()
     model, run, traced, solve_on, keep_out, device = task.model, task.run, task.trace, task.solve_on, task.keep_out, task.device
     names, skipped = selection.select(model, traced, task.targets, task.ignore)
-    goals = set_goals(model, traced, names, skipped, options, solve_on, run, device, task.curves)
+    goals = set_goals(model, traced, names, skipped, options, solve_on, run, device, task.measured)
     chosen = [layer for layer in traced.layers if layer.name in goals.names]
     last = traced.layers[-1].name
     if options.kappa != 1 and last not in goals.names:

@@ -68,8 +68,9 @@ class LayerProgram:
         The objective beside a budget: the papers' ``Σ ω|w|``, or the number of weights kept.
     pattern : str
         Of ``nonzeros`` programs: see :func:`nettrim.patterns.parse`. ``"n:m"`` says the number itself.
-    importance : Tensor or ndarray, (M,), optional
-        Of ``nonzeros`` programs: the support is chosen by the neurons' misfits in this proportion. The objective is not changed by it.
+    metric : Tensor or ndarray, (M, M) or (M,), optional
+        Of ``nonzeros`` programs without a ReLU: ``S``, symmetric and positive semidefinite (or its diagonal), which weighs errors of the outputs
+        against each other: the misfit is ``Σ_p d_pᵀ S d_p``, with ``d_p`` the rows of ``D``.
     support : Tensor, (M, N) bool, optional
         Of ``nonzeros`` and ``"l0"`` programs: the only weights that may be kept.
     activation : {"relu", None}
@@ -94,7 +95,7 @@ class LayerProgram:
     nonzeros: int | None = field(default=None, kw_only=True)
     penalty: str = field(default="l1", kw_only=True)
     pattern: str = field(default="unstructured", kw_only=True)
-    importance: Tensor | None = field(default=None, kw_only=True)
+    metric: Tensor | None = field(default=None, kw_only=True)
     support: Tensor | None = field(default=None, kw_only=True)
     activation: str | None = field(default="relu", kw_only=True)
     consistency: str = field(default="relaxed", kw_only=True)
@@ -157,7 +158,7 @@ class LayerProgram:
 
     def _make_supports(self) -> Supports | None:
         """The supports that may be kept; None for the convex programs."""
-        options = {"pattern": self.pattern != "unstructured", "importance": self.importance is not None, "support": self.support is not None}
+        options = {"pattern": self.pattern != "unstructured", "metric": self.metric is not None, "support": self.support is not None}
         if self.nonzeros is None and self.penalty == "l1":
             given = [name for name, value in options.items() if value]
             if given:
@@ -169,14 +170,23 @@ class LayerProgram:
         assert isinstance(omega, Tensor)
         if omega.ndim == 2:
             raise ArgumentError("l1_weights of shape (M, N) were given with nonzeros or penalty='l0'; expected (N,), 0 for columns that don't count")
-        if self.importance is not None:
-            importance = as_rows(self.importance, "importance", omega)
-            if importance.shape != (self.shape[0],) or bool((importance <= 0).any()):
-                raise ArgumentError(f"importance has shape {tuple(importance.shape)}; expected ({self.shape[0]},), all above 0")
-            object.__setattr__(self, "importance", importance)
+        if self.metric is not None:
+            object.__setattr__(self, "metric", self._check_metric(omega))
         if self.support is not None and (self.support.dtype != torch.bool or tuple(self.support.shape) != self.shape):
             raise ArgumentError(f"support is {self.support.dtype} {tuple(self.support.shape)}; expected torch.bool {self.shape}")
         return make_supports(self.pattern, self.nonzeros, omega > 0, self.shape, self.support)
+
+    def _check_metric(self, like: Tensor) -> Tensor:
+        if self.nonzeros is None or self.relu:
+            raise ArgumentError("metric was given with a budget or a ReLU; it belongs to programs with nonzeros and activation=None")
+        M = self.shape[0]
+        metric = as_rows(self.metric, "metric", like)
+        if metric.shape not in ((M,), (M, M)):
+            raise ArgumentError(f"metric has shape {tuple(metric.shape)}; expected ({M}, {M}) or ({M},)")
+        diagonal = metric if metric.ndim == 1 else metric.diagonal()
+        if not bool((diagonal > 0).all()) or (metric.ndim == 2 and not torch.allclose(metric, metric.T, rtol=1e-5)):
+            raise ArgumentError("metric is no inner product; expected a symmetric positive semidefinite matrix with a positive diagonal")
+        return metric
 
     # -- what the program is ---------------------------------------------------------------------------------------------------
 
@@ -278,13 +288,19 @@ class LayerProgram:
             D = residual(Z, Y, V, relu=self.relu)
             if not self.relu:
                 total = float(D.square().sum())
-                on, out = on + total, out + total
+                on, out = on + (total if self.metric is None else float((self.weigh(D) * D).sum())), out + total
                 continue
             # summed apart: a difference of sums would see no excess below 1e-8 of the misfit
             on += float(torch.where(Y > 0, D, 0.0).square().sum())
             off += float(torch.where(Y > 0, 0.0, D).square().sum())
             out += float((Z.clamp(min=0) - Y).square().sum())
         return Measures(on, off, math.sqrt(out))
+
+    def weigh(self, D: Tensor) -> Tensor:
+        """``D S`` for residuals (P, M), summed in the precision of the data; ``D`` itself without a metric."""
+        if self.metric is None:
+            return D
+        return D * self.metric if self.metric.ndim == 1 else (D.to(self.dtype) @ self.metric).to(D)
 
     def objective(self, W: Tensor) -> float:
         """``Σ ω|w|`` of a budget program (nonzeros for ``"l0"``); ``λ Σ ω|w| + ½ · misfit`` of a penalised one; ``½ · misfit`` for ``nonzeros``."""
@@ -312,7 +328,7 @@ class LayerProgram:
             D = residual(A @ W.T, Y, V, relu=self.relu)
             if self.one_sided:
                 D = torch.where(Y > 0, D, 0.0)
-            gradient += 2 * D.T @ A
+            gradient += 2 * self.weigh(D).T @ A
         return gradient
 
     def discrepancy(self, W: Tensor) -> float:

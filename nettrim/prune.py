@@ -31,6 +31,7 @@ def prune(
     budget: float | None = None,
     pattern: str = "unstructured",
     allocation: str = "auto",
+    fidelity: str = "network",
     mode: str = "cascade",
     gamma: float = 1.1,
     repair: float | str = 1.0,
@@ -79,6 +80,9 @@ def prune(
     allocation : {"auto", "uniform"}
         How one ``sparsity`` is spread: where a weight does most for the network's output (unstructured zeros; :mod:`nettrim.allocation`), or the same
         share in every layer.
+    fidelity : {"network", "layer"}
+        With ``sparsity`` or ``budget``: what the weights are chosen and fitted for, the network's output, so that a layer's errors count by what they
+        do there (:mod:`nettrim.sensitivity`; it takes gradients), or each layer's own output.
     mode : {"cascade", "parallel"}
         Whether a layer sees the inputs of the network pruned so far, or the dense network's.
     gamma : float
@@ -148,8 +152,8 @@ def prune(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     options = Options(
-        epsilon, sparsity, budget, pattern, allocation, repair, preserve_zeros, mode, gamma, kappa, consistency, penalty, reweight, solver, tol,
-        max_iter, bias_weight, holdout, max_rows, seed, on_failure,
+        epsilon, sparsity, budget, pattern, allocation, fidelity, repair, preserve_zeros, mode, gamma, kappa, consistency, penalty, reweight,
+        solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure,
     )  # fmt: skip
     options.check()
     check_device(device)

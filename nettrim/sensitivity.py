@@ -1,11 +1,12 @@
-"""How much the network's output moves with each neuron's pre-activation: what an error there costs at the end.
+"""How the network's output moves with each layer's pre-activations: what errors there cost at the end.
 
-To first order an error ``δz`` (P, M) of a layer's pre-activations moves the output ``f`` by ``J δz``. Where the errors of neurons are uncorrelated,
+To first order an error ``δz`` (M,) of a layer's pre-activations moves the output ``f`` by ``J δz``, and with errors independent of ``J``
 
-    E ‖J δz‖² = Σ_m d_m E δz_m²,    d_m = E ‖∂f/∂z_m‖²
+    E ‖J δz‖² = E δzᵀ S δz,    S = E JᵀJ
 
-and ``d_m`` is the mean square of the gradient of ``⟨v, f⟩`` for random signs ``v`` (``E v vᵀ = I``; Hutchinson's estimator): one backward pass a
-batch gives it for every layer at once.
+``S`` (M, M) is the mean of ``g gᵀ`` over the gradients ``g`` of ``⟨v, f⟩`` for random signs ``v`` (``E v vᵀ = I``; Hutchinson's estimator): a
+backward pass gives it for every layer at once. It is the output
+factor of K-FAC's Gauss-Newton matrix (Martens, Grosse, ICML 2015), ``G = AᵀA`` the other.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from nettrim.capture import evaluation, tensors_in
 
 _DRAWS = 4  # of signs a batch
 _SAMPLES = 2000  # of rows that are enough for a mean
+_WIDEST = 4096  # outputs up to which S is a matrix; above it is its diagonal
+_DAMPING = 0.1  # of the mean diagonal: errors that the output does not feel to first order are not free
 
 
-def sensitivities(model: nn.Module, batches: list[Any], run: Run, names: list[str], seed: int) -> dict[str, Tensor] | None:
-    """``d`` (M,) float64 of the layers ``names``; None where no gradient comes through the network.
+def output_metrics(model: nn.Module, batches: list[Any], run: Run, names: list[str], seed: int) -> dict[str, Tensor] | None:
+    """``S`` (M, M) float64 of the layers ``names``, damped; its diagonal (M,) for very wide ones; None where no gradient comes through the network.
 
     The model is run in evaluation mode and left as it was; no gradient of its parameters is touched.
     """
@@ -47,12 +50,23 @@ def sensitivities(model: nn.Module, batches: list[Any], run: Run, names: list[st
                 for name, gradient in zip(seen, found, strict=True):
                     if gradient is None:
                         return None
-                    squares = layers.output_rows(model.get_submodule(name), gradient).double().square()
-                    sums[name] = sums.get(name, torch.zeros_like(squares[0])) + squares.sum(0)
-                    rows[name] += len(squares)
+                    module = model.get_submodule(name)
+                    g = layers.output_rows(module, gradient).to(layers.compute_dtype(module))
+                    part = g.T @ g if g.shape[1] <= _WIDEST else g.square().sum(0)
+                    sums[name] = sums[name] + part if name in sums else part
+                    rows[name] += len(g)
             if min(rows.values()) >= _DRAWS * _SAMPLES:
                 break
-    return {name: sums[name] / rows[name] for name in names}
+    return {name: _damped(sums[name].double() / rows[name]) for name in names}
+
+
+def _damped(S: Tensor) -> Tensor:
+    diagonal = S if S.ndim == 1 else S.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:  # nothing that this layer does is felt: all its errors count alike
+        return torch.ones_like(diagonal)
+    diagonal += _DAMPING * mean
+    return S
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import nettrim
 from nettrim import ArgumentError, LayerProgram, UnsupportedProgramError
 from nettrim.patterns import UNSTRUCTURED, Supports
-from nettrim.solvers.support import refit
+from nettrim.solvers.support import Quadratic, normalised, refit, search
 
 
 def layer(P: int = 80, N: int = 8, M: int = 3, seed: int = 0, noise: float = 0.3, relu: bool = False):
@@ -77,8 +77,9 @@ def test_a_refit_meets_the_normal_equations_on_its_support(seed, share):
     A, Y, _ = layer(N=10, M=4, seed=seed)
     norms = A.norm(dim=0)
     G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
+    problem = Quadratic(G, None, torch.float64)
     mask = torch.rand(4, 10, generator=torch.Generator().manual_seed(seed)) < share
-    fit = refit(G, C, mask)
+    fit = refit(problem, C, mask, costs=True)
     assert not bool(fit.W[~mask].any())
     assert float((fit.W @ G - C)[mask].abs().max() if bool(mask.any()) else 0) <= 1e-7 * float(C.abs().max())
     assert fit.value == pytest.approx(float((fit.W * (0.5 * fit.W @ G - C)).sum()))
@@ -86,17 +87,18 @@ def test_a_refit_meets_the_normal_equations_on_its_support(seed, share):
     for m, j in torch.nonzero(mask)[:4].tolist():
         without = mask.clone()
         without[m, j] = False
-        assert refit(G, C, without).value - fit.value == pytest.approx(float(fit.cost[m, j]), rel=1e-5, abs=1e-9)
+        assert refit(problem, C, without).value - fit.value == pytest.approx(float(fit.cost[m, j]), rel=1e-5, abs=1e-9)
 
 
 def test_conjugate_gradients_refit_as_factors_do(monkeypatch):
     A, Y, _ = layer(N=12, M=5, seed=3)
     norms = A.norm(dim=0)
     G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
+    problem = Quadratic(G, None, torch.float64)
     mask = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)) < 0.5
-    exact = refit(G, C, mask)
+    exact = refit(problem, C, mask)
     monkeypatch.setattr("nettrim.solvers.support._CHOLESKY_WORK", 0.0)
-    torch.testing.assert_close(refit(G, C, mask).W, exact.W, rtol=1e-6, atol=1e-6 * float(exact.W.abs().max()))
+    torch.testing.assert_close(refit(problem, C, mask).W, exact.W, rtol=1e-6, atol=1e-6 * float(exact.W.abs().max()))
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "block:2x4", "block:1x8"])
@@ -126,13 +128,48 @@ def test_a_column_that_does_not_count_is_kept_and_fitted():
     assert not bool(solution.weights[:, :-1].any())
 
 
-def test_importance_moves_weights_to_the_neurons_that_matter():
+def inner_product(M: int, seed: int = 0) -> torch.Tensor:
+    root = torch.randn(M, M, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(M, dtype=torch.float64)
+
+
+def test_a_metric_moves_weights_to_the_neurons_that_matter():
     A, Y, _ = layer(P=200, N=12, M=4, seed=4)
     plain = nettrim.solve(LayerProgram(A, Y, nonzeros=16, activation=None)).weights
-    importance = torch.tensor([100.0, 1, 1, 1], dtype=torch.float64)
-    tilted = nettrim.solve(LayerProgram(A, Y, nonzeros=16, activation=None, importance=importance)).weights
-    assert int((tilted[0] != 0).sum()) > int((plain[0] != 0).sum())
-    assert int((tilted != 0).sum()) == 16
+    metric = torch.tensor([100.0, 1, 1, 1], dtype=torch.float64)
+    for given_as in (metric, torch.diag(metric)):
+        tilted = nettrim.solve(LayerProgram(A, Y, nonzeros=16, activation=None, metric=given_as)).weights
+        assert int((tilted[0] != 0).sum()) > int((plain[0] != 0).sum())
+        assert int((tilted != 0).sum()) == 16
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_metric_the_weights_are_the_best_on_their_support_and_beat_those_chosen_without(seed):
+    A, Y, _ = layer(P=200, N=12, M=4, seed=seed)
+    S = inner_product(4, seed)
+    program = LayerProgram(A, Y, nonzeros=16, activation=None, metric=S)
+    solution = nettrim.solve(program)
+    W = solution.weights
+    D = A @ W.T - Y
+    assert solution.objective == pytest.approx(0.5 * float(((D @ S) * D).sum()))
+    assert float((S @ D.T @ A)[W != 0].abs().max()) <= 1e-6 * float((S @ Y.T @ A).abs().max())  # stationary on the support
+    torch.testing.assert_close(program.gradient(W), 2 * S @ D.T @ A)
+    plain = nettrim.solve(LayerProgram(A, Y, nonzeros=16, activation=None))
+    assert solution.objective < program.objective(plain.weights)
+    assert solution.discrepancy >= plain.discrepancy * 0.99  # each is best at its own
+
+
+def test_a_step_of_the_search_solves_its_linear_system(monkeypatch):
+    monkeypatch.setattr("nettrim.solvers.support._ITERATIONS", 1)
+    monkeypatch.setattr("nettrim.solvers.support._RELAXATION", 1.0)
+    A, Y, _ = layer(P=60, N=6, M=3, seed=1)
+    problem, column, row = normalised(A.T @ A, inner_product(3), torch.float64)
+    C = row * (Y.T @ A) / column
+    supports = Supports(UNSTRUCTURED, 18, torch.ones(6, dtype=torch.bool), None)
+    start = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask, W = search(problem, C, supports, start)  # all weights may stay: nothing is cut off
+    assert bool(mask.all())
+    torch.testing.assert_close(problem.weigh(W @ problem.G) + 0.02 * W, problem.weigh(C) + 0.02 * start)
 
 
 def test_only_the_support_given_is_kept():
@@ -192,8 +229,11 @@ def test_a_budget_that_nothing_keeps_is_not_called_kept():
         ({"penalty": "l0", "regularization": 1.0}, "penalty='l0' was given with regularization"),
         ({"nonzeros": 3, "consistency": "paper", "activation": "relu"}, "consistency='paper'"),
         ({"epsilon": 1.0, "pattern": "2:4"}, "pattern was given; it belongs to"),
-        ({"epsilon": 1.0, "importance": torch.ones(3)}, "importance was given"),
-        ({"nonzeros": 3, "importance": torch.zeros(3)}, "all above 0"),
+        ({"epsilon": 1.0, "metric": torch.ones(3)}, "metric was given"),
+        ({"epsilon": 1.0, "penalty": "l0", "metric": torch.ones(3)}, "belongs to programs with nonzeros"),
+        ({"nonzeros": 3, "metric": torch.zeros(3), "activation": None}, "no inner product"),
+        ({"nonzeros": 3, "metric": torch.eye(3).flip(0) * 2 + torch.ones(3, 3).triu(), "activation": None}, "no inner product"),
+        ({"nonzeros": 3, "metric": torch.ones(2), "activation": None}, r"expected \(3, 3\) or \(3,\)"),
         ({"nonzeros": 3, "support": torch.ones(3, 8)}, "expected torch.bool"),
         ({"nonzeros": 3, "l1_weights": torch.ones(3, 8)}, r"shape \(M, N\)"),
     ],

@@ -1,20 +1,22 @@
 """Which weights to keep: the support search behind programs with a number of nonzeros, in Gram space.
 
-    min ½⟨W G, W⟩ − ⟨C, W⟩   s.t.  the support of W is one that the pattern allows (``G = AᵀA``, ``C = YᵀA``: the misfit of ``A Wᵀ ≈ Y``)
+    min ½⟨S W G, W⟩ − ⟨S C, W⟩   s.t.  the support of W is one that the pattern allows
 
+(``G = AᵀA``, ``C = YᵀA``; ``S`` (M, M) weighs errors of the outputs: up to a constant this is half of ``Σ_p d_pᵀ S d_p``, ``d = A Wᵀ − Y``).
 Two steps:
 
-1. :func:`search`: alternating directions with the split ``S = W`` (weight ρ, scaled multipliers ``E``), where ``S`` is the nearest matrix with an
-   allowed support and ρ grows until the support stands still (the scheme of ALPS, Meng et al., NeurIPS 2024, Algorithm 1, here in columns of equal
-   norm, and slower: what the support loses by haste no refit brings back). ``(G + ρI)⁻¹`` comes from one eigendecomposition for every ρ.
-2. :func:`refit`: the least squares on that support, exactly, neuron by neuron, and what removing a weight from it would cost.
+1. :func:`search`: alternating directions with the split ``B = W`` (weight ρ, scaled multipliers ``E``), where ``B`` is the nearest matrix with an
+   allowed support and ρ grows until the support stands still (the scheme of ALPS, Meng et al., NeurIPS 2024, Algorithm 1, here with a metric ``S``,
+   columns of equal norm, over-relaxation, and slower: what the support loses by haste no refit brings back).
+2. :func:`refit`: the least squares on that support.
 
-Everything here is in columns of unit norm (``G_jj = 1``); weights that the pattern does not count are kept always.
+Everything here is in rows and columns of unit norm (``S_mm = G_jj = 1``); weights that the pattern does not count are kept always.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,43 +26,109 @@ from nettrim.solvers.feasibility import restricted_least_squares
 
 _FIRST_WEIGHT = 0.02  # ρ over the diagonal of G
 _ITERATIONS = 300
-_GROWTH = ((0.05, 1.05), (0.005, 1.03), (0.0, 1.02))  # of ρ an iteration, where more than so much of the support still changes
+_GROWTH = ((0.05, 1.1), (0.005, 1.06), (0.0, 1.04))  # of ρ an iteration, where more than so much of the support still changes
+_RELAXATION = 1.7
 _STILL = 5  # iterations without a change after which the support stands
 _BATCH_ELEMENTS = 20_000_000
 _CG_STEPS = 100
 _CHOLESKY_WORK = 2e11  # flops of exact refits from which conjugate gradients do
 _SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
+_SETTLED = {torch.float32: 1e-4, torch.float64: 1e-10}  # of the gradient, relative to that of no weights
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """``G`` (N, N) and ``S`` (M, M; None for the identity), float64 with unit diagonals; searches are in ``dtype``."""
+
+    G: Tensor
+    S: Tensor | None
+    dtype: torch.dtype
+
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (N,) and eigenvectors (N, N) of ``G``."""
+        return _eigen(self.G, self.dtype)
+
+    @cached_property
+    def outputs(self) -> tuple[Tensor, Tensor] | None:
+        """Those of ``S``."""
+        return None if self.S is None else _eigen(self.S, self.dtype)
+
+    def weigh(self, X: Tensor) -> Tensor:
+        """``S X``."""
+        return X if self.S is None else self.S.to(X) @ X
+
+    def value(self, W: Tensor, C: Tensor) -> float:
+        """``½⟨S W G, W⟩ − ⟨S C, W⟩``."""
+        return float((self.weigh(W) * (0.5 * (W @ self.G) - C)).sum())
+
+
+def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[Quadratic, Tensor, Tensor]:
+    """``G`` (N, N) and the metric ``S``, (M, M) or its diagonal (M,), in rows and columns of unit norm; with the norms, (N,) and (M, 1).
+
+    Weights ``W`` become ``row · W · column``, and ``C`` becomes ``row · C / column``.
+    """
+    column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
+    row, S = G.new_ones(1, 1), None
+    if metric is not None:
+        row = (metric if metric.ndim == 1 else metric.diagonal()).to(G).sqrt().unsqueeze(1)
+        S = None if metric.ndim == 1 else metric.to(G) / row / row.T
+    return Quadratic(G / column / column[:, None], S, dtype), column, row
+
+
+def _eigen(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=0).to(dtype), vectors.to(dtype)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A support (M, N), its least squares (M, N) float64, and their misfit ``½⟨W G, W⟩ − ⟨C, W⟩``.
+    """A support (M, N), its least squares (M, N) float64, and their value, up to the constant half of what ``W = 0`` leaves.
 
-    ``cost`` (M, N): by how much it rises when one weight of the support is removed, ``w_i² / 2[G_SS⁻¹]_ii`` (from the optimality of the refit).
+    ``cost`` (M, N), where it was asked for: by how much the value rises when one weight of the support is removed, ``w_i² / 2[G_SS⁻¹]_ii`` (from the
+    optimality of the refit).
     """
 
     mask: Tensor
     W: Tensor
-    cost: Tensor
     value: float
+    cost: Tensor | None = None
 
 
-def search(G: Tensor, C: Tensor, supports: Supports, start: Tensor, dtype: torch.dtype) -> Tensor:
-    """Step 1 from the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle."""
-    eigenvalues, Q = torch.linalg.eigh(G)
-    Q, eigenvalues = Q.to(dtype), eigenvalues.clamp(min=0).to(dtype)
-    CQ = C.to(dtype) @ Q
-    S = start.to(dtype)
-    mask = supports.nearest(S.square())
-    S = S * mask
-    E = torch.zeros_like(S)
+def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Step 1 from the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle, and the weights they have there.
+
+    In the bases of the eigenvectors, ``Ŵ = Uᵀ W Q``, the first step is one division: with ``P = Uᵀ (B − E) Q``,
+
+        argmin_W ½⟨S W G, W⟩ − ⟨S C, W⟩ + ρ/2 ‖W − B + E‖²  =  B − E + U [σ_i (Ĉ_ij − λ_j P_ij) / (σ_i λ_j + ρ)] Qᵀ
+    """
+    lam, Q = problem.inputs
+    into, out_of = Q, Q.T.contiguous()
+    sigma, U = problem.outputs or (None, None)
+    UT = None if U is None else U.T.contiguous()
+
+    def transform(X: Tensor) -> Tensor:
+        return X @ into if UT is None else UT @ (X @ into)
+
+    CQ = transform(C.to(problem.dtype))
+    curvature = lam if sigma is None else sigma.unsqueeze(1) * lam
+    B = start.to(problem.dtype)
+    mask = supports.nearest(B.square())
+    B = B * mask
+    E = torch.zeros_like(B)
     rho, still = _FIRST_WEIGHT, 0
     for _ in range(_ITERATIONS):
         before = mask
-        T = ((CQ + rho * ((S - E) @ Q)) / (eigenvalues + rho)) @ Q.T + E
+        step = CQ - lam * transform(B - E)
+        if sigma is not None:
+            step *= sigma.unsqueeze(1)
+        step /= curvature + rho
+        step = step @ out_of if U is None else U @ (step @ out_of)
+        # over-relaxed, the point of the second step is aW + (1 − a)B + E = B + a(W − B) + E, and W − B = step − E
+        T = B + _RELAXATION * step + (1 - _RELAXATION) * E
         mask = supports.nearest(T.square())
-        S = T * mask
-        E = T - S
+        B = T * mask
+        E = T - B
         changed = float((mask != before).sum()) / max(2 * supports.kept, 1)
         still = still + 1 if changed == 0 else 0
         if still >= _STILL:
@@ -68,26 +136,57 @@ def search(G: Tensor, C: Tensor, supports: Supports, start: Tensor, dtype: torch
         growth = next(factor for share, factor in _GROWTH if changed >= share)
         rho *= growth
         E /= growth
-    return mask
+    return mask, B
 
 
-def refit(G: Tensor, C: Tensor, mask: Tensor) -> Fit:
-    """Step 2: ``argmin ½⟨W G, W⟩ − ⟨C, W⟩`` on a support.
+def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = None, *, costs: bool = False) -> Fit:
+    """Step 2: ``argmin ½⟨S W G, W⟩ − ⟨S C, W⟩`` on a support.
 
-    By Cholesky factors of every neuron's own Gram matrix; where those would cost too much, by conjugate gradients on all neurons at once.
+    Without a metric by Cholesky factors of every neuron's own Gram matrix; where those would cost too much, and with a metric, which couples the
+    neurons, by conjugate gradients from ``start``.
     """
     counts = mask.sum(1)
-    if float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
-        W = restricted_least_squares(G, C, mask, _CG_STEPS)
-        cost = 0.5 * W.square()  # [G_SS⁻¹]_ii ≥ 1 / G_ii = 1: the most that removal can cost
+    W, cost = torch.zeros_like(C), torch.zeros_like(C) if costs else None
+    if problem.S is not None:
+        W = _coupled_least_squares(problem, C, mask, W if start is None else start)
+    elif float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
+        W = restricted_least_squares(problem.G, C, mask, _CG_STEPS)
+        cost = 0.5 * W.square() if costs else None  # [G_SS⁻¹]_ii ≥ 1 / G_ii = 1: the most that removal can cost
     else:
-        W, cost = torch.zeros_like(C), torch.zeros_like(C)
         for rows in counts.argsort().split(max(1, _BATCH_ELEMENTS // max(int(counts.max()), 1) ** 2)):
-            W[rows], cost[rows] = _batch(G, C[rows], mask[rows])
-    return Fit(mask, W, cost, float((W * (0.5 * (W @ G) - C)).sum()))
+            W[rows], part = _batch(problem.G, C[rows], mask[rows], costs)
+            if cost is not None and part is not None:
+                cost[rows] = part
+    return Fit(mask, W, problem.value(W, C), cost)
 
 
-def _batch(G: Tensor, C: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _coupled_least_squares(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    """Conjugate gradients on ``S W G`` over the weights of the mask, all neurons at once, in the dtype of the search."""
+    G = problem.G.to(problem.dtype)
+    S = None if problem.S is None else problem.S.to(problem.dtype)
+
+    def gradient(X: Tensor) -> Tensor:
+        return torch.where(mask, X if S is None else S @ X, 0.0)
+
+    C, W = C.to(problem.dtype), torch.where(mask, start.to(problem.dtype), 0.0)
+    residual = gradient(C - W @ G)
+    direction, square = residual, float(residual.square().sum())
+    enough = _SETTLED[problem.dtype] ** 2 * float(gradient(C).square().sum())
+    for _ in range(_CG_STEPS):
+        if square <= enough:
+            break
+        image = gradient(direction @ G)
+        curvature = float((direction * image).sum())
+        if curvature <= 0:
+            break
+        W = W + square / curvature * direction
+        residual = residual - square / curvature * image
+        last, square = square, float(residual.square().sum())
+        direction = residual + square / last * direction
+    return W.double()
+
+
+def _batch(G: Tensor, C: Tensor, mask: Tensor, costs: bool) -> tuple[Tensor, Tensor | None]:
     """Least squares and removal costs of a few neurons, their supports padded to the largest."""
     width = max(int(mask.sum(1).max()), 1)
     index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -105,8 +204,8 @@ def _batch(G: Tensor, C: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         shift *= 10
     right = torch.where(valid, C.gather(1, index), 0.0)
     solution = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
+    W = torch.zeros_like(C).scatter_(1, index, torch.where(valid, solution, 0.0))
+    if not costs:
+        return W, None
     inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
-    W, cost = torch.zeros_like(C), torch.zeros_like(C)
-    W.scatter_(1, index, torch.where(valid, solution, 0.0))
-    cost.scatter_(1, index, torch.where(valid, 0.5 * solution.square() / inverse, 0.0))
-    return W, cost
+    return W, torch.zeros_like(C).scatter_(1, index, torch.where(valid, 0.5 * solution.square() / inverse, 0.0))

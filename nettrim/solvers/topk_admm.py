@@ -27,7 +27,7 @@ from nettrim.programs import LayerProgram
 from nettrim.residual import residual
 from nettrim.solvers.base import Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
-from nettrim.solvers.support import Fit, refit, search
+from nettrim.solvers.support import Fit, Quadratic, normalised, refit, search
 
 NAME = "topk_admm"
 _FLOAT32_WORK = 1e6  # N²M from which supports are searched in single precision
@@ -46,12 +46,12 @@ def refuses(program: LayerProgram) -> str | None:
 
 @dataclass
 class _Problem:
-    """The program in columns of unit norm and neurons scaled by their importance: ``W_true = scale · W / column``."""
+    """The program in rows and columns of unit norm: ``W_true = W / row / column``."""
 
     program: LayerProgram
-    G: Tensor  # (N, N)
-    column: Tensor  # (N,)
-    row: Tensor  # (M, 1), √importance
+    quadratic: Quadratic
+    column: Tensor  # (N,), √G_jj
+    row: Tensor  # (M, 1), √S_mm; (1, 1) without a metric
     C: Tensor  # (M, N), of the present T
     iterations: int = 0
 
@@ -72,12 +72,12 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     supports = program.supports
     assert supports is not None
     problem = _pose(program, initial)
-    start = problem.inner(initial) if initial is not None else refit(problem.G, problem.C, _everything(program, supports)).W
+    start = problem.inner(initial) if initial is not None else refit(problem.quadratic, problem.C, _everything(program, supports)).W
     if program.epsilon is None:
         fit = _solve(problem, supports, start, max_iter)
         W = problem.true(fit.W)
         if initial is not None:  # what no row has seen stays as it is where it is kept, so that as many are kept as were asked for
-            W = torch.where(fit.mask & (problem.G.diagonal() == 0), initial.double(), W)
+            W = torch.where(fit.mask & (problem.quadratic.G.diagonal() == 0), initial.double(), W)
     else:
         W = _fewest(problem, supports, start, max_iter)
     return judge(program, W, 0.0, tol=tol, iterations=problem.iterations, seconds=time.perf_counter() - began, solver=NAME)
@@ -99,11 +99,9 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
             Z = A @ initial.double().T
             T = Z - residual(Z, Y, V)
         C.addmm_(T.T, A)
-    column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
-    row = torch.ones((M, 1), dtype=torch.float64, device=program.device)
-    if program.importance is not None:
-        row = program.importance.double().sqrt().unsqueeze(1)
-    return _Problem(program, G / column / column[:, None], column, row, C / column * row)
+    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+    quadratic, column, row = normalised(G, program.metric, dtype)
+    return _Problem(program, quadratic, column, row, C / column * row)
 
 
 def _correlations(program: LayerProgram, W: Tensor) -> Tensor:
@@ -129,11 +127,10 @@ def _solve(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> 
     return _settle(problem, fit, min(limit, _RENEWALS))
 
 
-def _find(problem: _Problem, supports: Supports, start: Tensor) -> Fit:
-    M, N = problem.program.shape
-    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+def _find(problem: _Problem, supports: Supports, start: Tensor, *, costs: bool = False) -> Fit:
     problem.iterations += 1
-    return refit(problem.G, problem.C, search(problem.G, problem.C, supports, start, dtype))
+    mask, W = search(problem.quadratic, problem.C, supports, start)
+    return refit(problem.quadratic, problem.C, mask, W, costs=costs)
 
 
 def _settle(problem: _Problem, fit: Fit, renewals: int) -> Fit:
@@ -142,7 +139,7 @@ def _settle(problem: _Problem, fit: Fit, renewals: int) -> Fit:
         before = fit.W
         problem.renew(fit.W)
         problem.iterations += 1
-        fit = refit(problem.G, problem.C, fit.mask)
+        fit = refit(problem.quadratic, problem.C, fit.mask, costs=fit.cost is not None)
         if float((fit.W - before).norm()) <= _SETTLED * float(before.norm()):
             break
     return fit
@@ -155,7 +152,7 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     margin = rounding_margin(program, program.dtype)
     budget = (program.epsilon * (1 - margin)) ** 2
     total = supports.kept
-    everything = problem.true(refit(problem.G, problem.C, supports.nearest(torch.ones_like(start))).W)
+    everything = problem.true(refit(problem.quadratic, problem.C, supports.nearest(torch.ones_like(start))).W)
     zero = torch.zeros_like(everything)
     if program.misfit(zero) <= budget:
         return zero
@@ -165,7 +162,7 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     low_excess, high_excess = math.log(max(program.misfit(zero), 1e-300) / budget), math.log(max(program.misfit(everything), 1e-300) / budget)
     size = max(1, round(0.2 * total))
     for _ in range(_SIZES):
-        fit = _find(problem, dataclasses.replace(supports, kept=size), start)
+        fit = _find(problem, dataclasses.replace(supports, kept=size), start, costs=True)
         if program.relu:
             fit = _settle(problem, fit, _ROUGH_RENEWALS)
         excess = math.log(max(program.misfit(problem.true(fit.W)), 1e-300) / budget)
@@ -193,6 +190,7 @@ def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Ten
     program = problem.program
     step = max(1, int(_CLOSE * float(fit.mask.sum())))
     for _ in range(_TRIMS):
+        assert fit.cost is not None
         cost = torch.where(fit.mask & supports.counted, fit.cost, torch.inf).flatten()
         count = min(step, int((cost < torch.inf).sum()))
         if count == 0:
@@ -201,7 +199,7 @@ def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Ten
         mask.view(-1)[cost.topk(count, largest=False).indices] = False
         if program.relu:
             problem.renew(fit.W)
-        trimmed = refit(problem.G, problem.C, mask)
+        trimmed = refit(problem.quadratic, problem.C, mask, costs=True)
         problem.iterations += 1
         if program.misfit(problem.true(trimmed.W)) <= budget:
             fit = trimmed
