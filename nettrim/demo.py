@@ -141,6 +141,7 @@ def runs(
             epsilon=epsilon,
             mode=mode,
             consistency=consistency,
+            penalty="l1",  # the program that both sets have
             seed=seed,
             progress=report,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,15 +55,16 @@ class Options:
         for name, allowed in (
             ("mode", ("cascade", "parallel")),
             ("consistency", ("relaxed", "paper")),
-            ("penalty", ("l1", "l0")),
+            ("penalty", ("auto", "l0", "l1")),
             ("allocation", ("auto", "uniform")),
             ("fidelity", ("network", "layer")),
             ("on_failure", ("raise", "keep_dense")),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
-        if self.penalty == "l0" and self.consistency == "paper":
-            raise ArgumentError("penalty='l0' was given with consistency='paper'; expected 'relaxed': its one-sided constraints are not kept")
+        only = self._only_l1()
+        if self.penalty == "l0" and self.epsilon is not None and only is not None:
+            raise ArgumentError(f"penalty='l0' was given with {only}; expected penalty='l1', which alone has that")
         if self.epsilon is None and self.consistency == "paper":
             raise ArgumentError("consistency='paper' was given without epsilon; expected 'relaxed': only budgets have the papers' constraints")
         if not isinstance(self.solver, str):
@@ -77,12 +79,30 @@ class Options:
             if getattr(self, name) is not None:
                 self._number(name, lambda value: isinstance(value, int) and value >= 1, "None or a whole number, at least 1")
         self._number("reweight", lambda value: isinstance(value, int) and value >= 0, "a whole number, 0 for the papers' objective")
-        if self.reweight and (self.epsilon is None or self.penalty != "l1"):
-            raise ArgumentError(f"reweight={self.reweight}; expected 0 here: it repeats programs with epsilon and penalty='l1'")
+        if self.epsilon is None:
+            for name, default in (("reweight", 0), ("bias_weight", 1.0), ("gamma", 1.1)):
+                if getattr(self, name) != default:
+                    raise ArgumentError(f"{name}={getattr(self, name)!r} was given without epsilon; expected {default}: it belongs to budgets")
         self._number("seed", lambda value: isinstance(value, int), "a whole number")
         if self.kappa != 1 and (self.mode == "parallel" or isinstance(self.epsilon, Mapping)):
             where = "mode='parallel'" if self.mode == "parallel" else "a mapping of budgets"
             raise ArgumentError(f"kappa={self.kappa} tightens the last budget that gamma sets in a cascade; with {where}, give that layer its own")
+
+    def _only_l1(self) -> str | None:
+        """What was asked for that only the papers' objective has; None for nothing."""
+        if self.consistency == "paper":
+            return "consistency='paper'"
+        if self.reweight:
+            return f"reweight={self.reweight}"
+        if self.bias_weight != 1:
+            return f"bias_weight={self.bias_weight}"
+        return None if self.solver in ("auto", "topk_admm") else f"solver={self.solver!r}"
+
+    def resolved(self) -> Options:
+        """With the penalty that ``"auto"`` stands for: ``"l0"``, or ``"l1"`` where something was asked for that only it has."""
+        if self.penalty != "auto":
+            return self
+        return dataclasses.replace(self, penalty="l0" if self._only_l1() is None else "l1")
 
     def _check_goal(self) -> None:
         """What is asked for: a budget, or a number of zeros, and the options that belong to it."""

@@ -28,6 +28,8 @@ from nettrim.solvers import Solution
 from nettrim.storing import Stored, store
 from nettrim.tracing import Trace, TracedLayer
 
+_ROUNDING = 100.0  # in units of the last place: below it a layer's inputs are those of the dense network
+
 
 @dataclass(frozen=True, eq=False)
 class PruneResult:
@@ -144,7 +146,8 @@ def _observe(
                 f"layer {layer.name!r} has {seen.shape[0]} rows in the pruned network and {A.shape[0]} in the dense one; its shape depends on "
                 "values, which a cascade cannot follow: use mode='parallel'"
             )
-        disturbed = not torch.equal(seen, A)
+        # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within
+        disturbed = float((seen - A).norm()) > _ROUNDING * torch.finfo(A.dtype).eps * float(A.norm())
         A = seen
     Y = Z.clamp(min=0) if layer.activation == "relu" else Z
     return Layer(layer.name, A, Y, Z, layers.as_matrix(layer.module).to(A), layer.activation, disturbed)

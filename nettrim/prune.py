@@ -38,7 +38,7 @@ def prune(
     preserve_zeros: bool = False,
     kappa: float = 1.0,
     consistency: str = "relaxed",
-    penalty: str = "l1",
+    penalty: str = "auto",
     reweight: int = 0,
     solver: str = "auto",
     tol: float = 1e-3,
@@ -97,9 +97,10 @@ def prune(
         may be infeasible.
     consistency : {"relaxed", "paper"}
         The set that keeps a layer before a ReLU to its targets; see :mod:`nettrim.programs`.
-    penalty : {"l1", "l0"}
-        With ``epsilon``: the papers' objective, whose solution is proven; or the fewest weights found that keep the same budget, fitted to it, so
-        that it is spent on zeros and not on shrinkage.
+    penalty : {"auto", "l0", "l1"}
+        With ``epsilon``: the fewest weights found that keep the budget, fitted to it, so that it is spent on zeros and not on shrinkage
+        (``"l0"``); or the papers' objective, whose solution is proven to be close to its optimum (``"l1"``). ``"auto"`` is ``"l0"``, but ``"l1"``
+        with what only that has: ``consistency="paper"``, ``reweight``, ``bias_weight``, or a convex solver by name.
     reweight : int
         With ``epsilon`` and ``"l1"``: so many more rounds, each with weights ``1/(|w| + δ)`` from the one before in the ℓ1 norm (Candès, Wakin, Boyd,
         J. Fourier Anal. Appl. 2008): fewer weights within the same budget, every round convex, and proven for its own objective.
@@ -156,6 +157,7 @@ def prune(
         solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure,
     )  # fmt: skip
     options.check()
+    options = options.resolved()
     check_device(device)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise ArgumentError("the model was made under torch.inference_mode(), where torch neither copies nor changes tensors; make it outside")

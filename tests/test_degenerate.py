@@ -38,7 +38,7 @@ def test_a_bias_that_does_it_alone(seed, activation):
 def test_constant_inputs_through_prune():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
-    report = nettrim.prune(model, torch.randn(1, 10).expand(50, -1), epsilon=0.1, bias_weight=0).report
+    report = nettrim.prune(model, torch.randn(1, 10).expand(50, -1), epsilon=0.1, penalty="l1", bias_weight=0).report
     assert [(layer.nonzeros, layer.status) for layer in report.layers] == [(0, "optimal"), (0, "optimal")]
 
 
@@ -117,7 +117,7 @@ def test_a_gram_matrix_that_overstates_the_least_misfit():
     layer = nn.Linear(6, 4).double()
     X = torch.randn(100, 6, generator=seeded(4)).double()
     X[:, 0] += 1e6
-    assert nettrim.prune(layer, X, epsilon=0.1).report.layers[0].status == "optimal"
+    assert nettrim.prune(layer, X, epsilon=0.1, penalty="l1").report.layers[0].status == "optimal"
 
 
 @pytest.mark.parametrize("epsilon", [1e-200, 1e200])
@@ -174,7 +174,7 @@ def test_a_model_made_under_inference_mode_is_refused():
 def test_objective_and_gap_are_those_of_the_stored_weights(dtype):
     model = small_model().to(dtype)
     for epsilon in (0.1, 0.3):
-        result = nettrim.prune(model, torch.randn(200, 8).to(dtype), epsilon=epsilon, mode="parallel", tol=1e-4)
+        result = nettrim.prune(model, torch.randn(200, 8).to(dtype), epsilon=epsilon, mode="parallel", tol=1e-4, penalty="l1")
         for layer in result.report.layers:
             module = result.model.get_submodule(layer.name)
             norm = sum(float(parameter.double().abs().sum()) for parameter in module.parameters())

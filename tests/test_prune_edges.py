@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from networks import Stage, bound_by_hand, by_name, chain, end_to_end, promises, same_bits, samples, solved_on, stages, state_of
 from torch import Tensor, nn
 
-from nettrim import NetTrimError, PruneResult, prune
+import nettrim
+from nettrim import NetTrimError, PruneResult
+
+prune = partial(nettrim.prune, penalty="l1")  # the papers' program
 
 MODES = ("parallel", "cascade")
 SETS = ("relaxed", "paper")
@@ -134,6 +138,20 @@ def test_what_must_work(case: Callable[[nn.Sequential, Tensor], Tensor], mode: s
     result = prune(model, inputs, epsilon=0.1, mode=mode, consistency=consistency)
     assert [layer.name for layer in result.report.layers] == ["0", "2"]
     assert all(layer.status in ("optimal", "feasible") and layer.gap <= 0.05 for layer in result.report.layers)
+    check(model, inputs, result, mode)
+    assert same_bits(state_of(model), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_what_must_work_for_the_fewest_weights(case: Callable[[nn.Sequential, Tensor], Tensor], mode: str) -> None:
+    model = chain(10, 12, 6)
+    inputs = case(model, samples(60, 10))
+    before = state_of(model)
+    result = nettrim.prune(model, inputs, epsilon=0.3, mode=mode)
+    assert result.report.options["penalty"] == "l0"
+    assert [layer.name for layer in result.report.layers] == ["0", "2"]
+    assert all(layer.status in ("optimal", "feasible") for layer in result.report.layers)
     check(model, inputs, result, mode)
     assert same_bits(state_of(model), before)
 

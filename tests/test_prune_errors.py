@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Model, Any, dict[str, Any], type[Exception], str]] = {
     "infeasible": (plain, INPUTS, {"kappa": 1e-3, "consistency": "paper"}, InfeasibleError, "layer '2'.*factor above"),
     "a mode": (plain, INPUTS, {"mode": "serial"}, ArgumentError, "mode='serial'; expected 'cascade' or 'parallel'"),
     "a consistency": (plain, INPUTS, {"consistency": 1}, ArgumentError, "consistency=1"),
-    "a penalty": (plain, INPUTS, {"penalty": "l2"}, ArgumentError, "penalty='l2'; expected 'l1' or 'l0'"),
+    "a penalty": (plain, INPUTS, {"penalty": "l2"}, ArgumentError, "penalty='l2'; expected 'auto' or 'l0' or 'l1'"),
     "on_failure": (plain, INPUTS, {"on_failure": "ignore"}, ArgumentError, "on_failure='ignore'"),
     "gamma below 1": (plain, INPUTS, {"gamma": 0.9}, ArgumentError, r"gamma=0\.9.*at least 1"),
     "gamma infinite": (plain, INPUTS, {"gamma": math.inf}, ArgumentError, "gamma=inf"),

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import state_of
+from networks import chain, samples, state_of
 
 import nettrim
 from nettrim import ArgumentError, InfeasibleError
@@ -59,9 +59,12 @@ def test_repair_is_chosen_on_the_samples_kept_out(digits_network):
         ({"sparsity": 0.5, "repair": "auto", "holdout": 0.0}, "repair='auto' with holdout=0"),
         ({"sparsity": 0.5, "repair": "some"}, "repair='some'"),
         ({"sparsity": 0.5, "allocation": "some"}, "allocation='some'; expected 'auto' or 'uniform'"),
-        ({"sparsity": 0.5, "reweight": 2}, "reweight=2; expected 0 here"),
+        ({"sparsity": 0.5, "reweight": 2}, "reweight=2 was given without epsilon"),
+        ({"sparsity": 0.5, "gamma": 1.2}, "gamma=1.2 was given without epsilon"),
+        ({"epsilon": 0.1, "penalty": "l0", "reweight": 2}, "reweight=2; expected penalty='l1'"),
+        ({"epsilon": 0.1, "penalty": "l0", "solver": "cvxpy"}, "solver='cvxpy'; expected penalty='l1'"),
         ({"epsilon": 0.1, "reweight": -1}, "reweight=-1; expected a whole number"),
-        ({"epsilon": 0.1, "penalty": "l0", "consistency": "paper"}, "expected 'relaxed'"),
+        ({"epsilon": 0.1, "penalty": "l0", "consistency": "paper"}, "consistency='paper'; expected penalty='l1'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(digits_network, options, message):
@@ -87,7 +90,7 @@ def test_reweighted_rounds_keep_the_budget_and_a_proof_with_fewer_weights(digits
 
     model, calibration, _, _ = digits_network
     with ThreadPoolExecutor(2) as pool:
-        options = {"mode": "parallel", "executor": pool if executor else None}
+        options = {"mode": "parallel", "penalty": "l1", "executor": pool if executor else None}
         once = nettrim.prune(model, calibration, epsilon=0.1, **options).report
         again = nettrim.prune(model, calibration, epsilon=0.1, reweight=2, **options).report
     assert again.certificate.holds
@@ -96,3 +99,15 @@ def test_reweighted_rounds_keep_the_budget_and_a_proof_with_fewer_weights(digits
         assert layer.status == "optimal"
         assert layer.gap <= 1e-3
         assert layer.discrepancy <= layer.epsilon
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("epsilon", [0.05, 0.2])
+def test_the_fewest_weights_are_never_more_than_the_papers_program_keeps(seed, epsilon):
+    """Also where all weights leave no misfit at all, which says nothing of how many a budget needs."""
+    model = chain(20, 40, 10, seed=seed)
+    options = {"epsilon": epsilon, "mode": "parallel"}
+    fewest, shrunk = (nettrim.prune(model, samples(300, 20), penalty=penalty, **options).report for penalty in ("l0", "l1"))
+    for one, other in zip(fewest.layers, shrunk.layers, strict=True):
+        assert one.nonzeros < other.nonzeros
+        assert one.discrepancy <= one.epsilon

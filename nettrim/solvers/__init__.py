@@ -56,6 +56,15 @@ def _refusal(solver: Solver, program: LayerProgram) -> str | None:
     return solver.refuses(program)
 
 
+def _by_convex_program(program: LayerProgram, none: Solution, tol: float, start: Tensor | None) -> Solution:
+    """What the ℓ1 program says of a budget for which no support was found: that there is none, or weights within it."""
+    convex = solve(dataclasses.replace(program, penalty="l1"), tol=tol, initial=start)
+    iterations, seconds = none.iterations + convex.iterations, none.seconds + convex.seconds
+    if convex.status == "infeasible":
+        return dataclasses.replace(convex, iterations=iterations, seconds=seconds)
+    return judge(program, convex.weights, 0.0, tol=tol, iterations=iterations, seconds=seconds, solver=convex.solver)
+
+
 def solve(
     program: LayerProgram,
     solver: str = "auto",
@@ -126,6 +135,8 @@ def solve(
     inside = None if start is None else smaller.restrict(start)
     with threads_for(smaller.program.rows * smaller.program.shape[0] * smaller.program.shape[1]):
         solution = chosen.run(smaller.program, float(tol), max_iter or chosen.default_max_iter, inside)
+    if solution.status == "iteration_limit" and program.supports is not None and program.epsilon is not None and program.support is None:
+        solution = _by_convex_program(smaller.program, solution, float(tol), inside)
     if inside is not None and not math.isfinite(solution.gap) and smaller.program.is_feasible(inside):
         # the answer of last resort, for solvers that have no use for a start
         spent = (solution.iterations, solution.seconds)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from nettrim.patterns import Supports
-from nettrim.solvers.feasibility import restricted_least_squares
 
 _FIRST_WEIGHT = 0.02  # ρ over the diagonal of G
 _ITERATIONS = 300
@@ -31,7 +30,7 @@ _RELAXATION = 1.7
 _STILL = 5  # iterations without a change after which the support stands
 _BATCH_ELEMENTS = 20_000_000
 _CG_STEPS = 100
-_CHOLESKY_WORK = 2e11  # flops of exact refits from which conjugate gradients do
+_CHOLESKY_WORK = 2e10  # flops of exact refits from which conjugate gradients do
 _SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
 _SETTLED = {torch.float32: 1e-4, torch.float64: 1e-10}  # of the gradient, relative to that of no weights
 
@@ -147,10 +146,8 @@ def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = No
     """
     counts = mask.sum(1)
     W, cost = torch.zeros_like(C), torch.zeros_like(C) if costs else None
-    if problem.S is not None:
-        W = _coupled_least_squares(problem, C, mask, W if start is None else start)
-    elif float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
-        W = restricted_least_squares(problem.G, C, mask, _CG_STEPS)
+    if problem.S is not None or float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
+        W = _conjugate_gradients(problem, C, mask, W if start is None else start)
         cost = 0.5 * W.square() if costs else None  # [G_SS⁻¹]_ii ≥ 1 / G_ii = 1: the most that removal can cost
     else:
         for rows in counts.argsort().split(max(1, _BATCH_ELEMENTS // max(int(counts.max()), 1) ** 2)):
@@ -160,7 +157,7 @@ def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = No
     return Fit(mask, W, problem.value(W, C), cost)
 
 
-def _coupled_least_squares(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor) -> Tensor:
     """Conjugate gradients on ``S W G`` over the weights of the mask, all neurons at once, in the dtype of the search."""
     G = problem.G.to(problem.dtype)
     S = None if problem.S is None else problem.S.to(problem.dtype)

@@ -38,6 +38,7 @@ _SETTLED = 1e-4
 _SIZES = 8  # tried for a budget
 _CLOSE = 0.03
 _TRIMS = 40
+_LEAST_EXCESS = -3.0  # of a misfit's logarithm over the budget's: all weights may leave none, which says nothing of how fast it falls
 
 
 def refuses(program: LayerProgram) -> str | None:
@@ -152,14 +153,15 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     margin = rounding_margin(program, program.dtype)
     budget = (program.epsilon * (1 - margin)) ** 2
     total = supports.kept
-    everything = problem.true(refit(problem.quadratic, problem.C, supports.nearest(torch.ones_like(start))).W)
-    zero = torch.zeros_like(everything)
+    everything = refit(problem.quadratic, problem.C, _everything(program, supports), costs=True)
+    zero = torch.zeros_like(everything.W)
     if program.misfit(zero) <= budget:
         return zero
+    all_weights = program.misfit(problem.true(everything.W))
 
     best: Fit | None = None
     low, high = 0, total
-    low_excess, high_excess = math.log(max(program.misfit(zero), 1e-300) / budget), math.log(max(program.misfit(everything), 1e-300) / budget)
+    low_excess, high_excess = math.log(program.misfit(zero) / budget), max(math.log(max(all_weights, 1e-300) / budget), _LEAST_EXCESS)
     size = max(1, round(0.2 * total))
     for _ in range(_SIZES):
         fit = _find(problem, dataclasses.replace(supports, kept=size), start, costs=True)
@@ -176,9 +178,9 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
         # between the two, the logarithm of the misfit is taken to be linear in the number of weights
         share = low_excess / max(low_excess - high_excess, 1e-12)
         size = min(max(round(low + min(max(share, 0.1), 0.9) * (high - low)), low + 1), max(high - 1, low + 1))
-    if best is None:
-        return everything
-    fit = best
+    if best is None and all_weights > budget:
+        return problem.true(everything.W)
+    fit = best or everything
     if program.relu:
         better = _settle(problem, fit, min(limit, _RENEWALS))
         fit = better if program.misfit(problem.true(better.W)) <= budget else fit
