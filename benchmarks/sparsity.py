@@ -21,7 +21,7 @@ from benchmarks.results import Results
 from benchmarks.solver_session import Check, limited_threads
 from benchmarks.sparsity_judge import METHODS, OURS, measure
 from benchmarks.sparsity_options import CASES, measure_option
-from benchmarks.sparsity_tables import draw, layer_checks, layer_tables, network_checks, network_tables, option_table, print_checks
+from benchmarks.sparsity_tables import draw, layer_checks, layer_tables, network_checks, network_tables, option_checks, option_table, print_checks
 from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "sparsity.json"
@@ -121,14 +121,14 @@ def run_minilm(protocol: Protocol, results: Results, seed: int, console: Console
     with console.status("minilm: running the dense model"):
         layers = minilm.load_layers(protocol.sequences, protocol.length, seed)
     runs = []
+    methods = [method for method in protocol.methods if not OURS.get(method)]  # a single layer has no output of a network to serve
     for kept in protocol.layer_kept:
-        for method in protocol.methods:
+        for method in methods:
             settings = {
                 "section": "minilm",
                 "rows": protocol.sequences * protocol.length,
                 "kept": kept,
                 "method": method,
-                "arguments": OURS.get(method, {}),
                 "seed": seed,
             }
             runs.append(_measured(results, settings, partial(minilm.measure_layers, layers, method, kept), console))
@@ -178,18 +178,20 @@ def main(
     results = Results(out, "sparsity")
     runs: list[Run] = []
     checks: list[Check] = []
-    ours = next(iter(OURS))
+    ours, by_layer = OURS
     with limited_threads(threads):
         if "networks" in sections:
             networks = run_networks(protocol, results, seed, console)
             runs += networks
-            checks += network_checks(networks, ours)
+            checks += network_checks(networks, ours, by_layer)
         if "minilm" in sections:
             layers = run_minilm(protocol, results, seed, console)
             runs += layers
             checks += layer_checks(layers, ours)
         if "options" in sections:
-            runs += run_options(protocol, results, seed, console)
+            options = run_options(protocol, results, seed, console)
+            runs += options
+            checks += option_checks(options)
     print_checks(console, checks, protocol == FULL)
     console.print(results.describe(runs), highlight=False)
     compared = [run for run in runs if run["settings"]["section"] != "options"]

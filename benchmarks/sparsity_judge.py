@@ -19,7 +19,7 @@ from benchmarks.networks import Trained, accuracy
 from benchmarks.pruners import PRUNERS, Kept, fistapruner, parse_pattern
 
 # Ours by the name in the tables: what each adds to the same call of `nettrim.prune`.
-OURS: dict[str, dict[str, Any]] = {"nettrim": {}}
+OURS: dict[str, dict[str, Any]] = {"nettrim": {}, "nettrim-layer": {"fidelity": "layer"}}
 METHODS = (*PRUNERS, *OURS)
 
 

@@ -87,7 +87,7 @@ def layer_tables(console: Console, runs: list[Run]) -> None:
     print_table(console, title, ("method", *map(_share, shares)), rows, caption)
 
 
-def network_checks(runs: list[Run], ours: str, peer: str = "alps") -> list[Check]:
+def network_checks(runs: list[Run], ours: str, by_layer: str, peer: str = "alps") -> list[Check]:
     """What is asked of ours, as far as these runs can tell: the figures of the project at the full size, and ALPS in the same call."""
     checks = []
     wanted = {0.1: (0.9825, 0.060), 0.05: (0.9815, 0.090)}
@@ -105,6 +105,29 @@ def network_checks(runs: list[Run], ours: str, peer: str = "alps") -> list[Check
                 lost, allowed = (mine["dense_accuracy"] - run["accuracy"] for run in (mine, theirs))
                 checks.append(Check(network, f"loss of accuracy, half of {peer}'s, {what}", lost, "≤", allowed / 2))
             checks.append(Check(network, f"seconds, {peer}'s, {what}", mine["seconds"], "≤", theirs["seconds"]))
+            for run in _of(runs, network=network, kept=share, method=by_layer):
+                if "error" not in run:
+                    worst = max(error / theirs["layer_errors"][name] for name, error in run["layer_errors"].items())
+                    checks.append(Check(network, f"{by_layer}: a layer's error over {peer}'s, the worst, {what}", worst, "≤", 1.0))
+    return checks
+
+
+def option_checks(runs: list[Run]) -> list[Check]:
+    """The same for the section ``options``."""
+    checks = []
+    fewest = {0.05: 0.65, 0.1: 0.5, 0.2: 0.28}
+    for network in _values(runs, "network"):
+        done = {run["settings"]["case"]: run for run in _of(runs, network=network) if "error" not in run}
+        for case, run in done.items():
+            even = done.get(case.replace(", auto", ", uniform"))
+            if case.endswith(", auto") and even is not None:
+                checks.append(Check(network, f"error of the logits, {case}, against uniform", run["logit_error"], "≤", even["logit_error"]))
+            papers = done.get(case.replace(", l0", ", l1"))
+            if case.endswith(", l0") and papers is not None:
+                asked = next(share for epsilon, share in fewest.items() if case == f"epsilon {epsilon:g}, l0")
+                checks.append(Check(network, f"weights over the papers' program's, {case}", run["density"] / papers["density"], "≤", asked))
+            if case == "half the neurons":
+                checks.append(Check(network, f"loss of accuracy, {case}", run["dense_accuracy"] - run["accuracy"], "≤", 0.005))
     return checks
 
 
