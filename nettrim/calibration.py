@@ -233,11 +233,15 @@ def runner(forward_fn: Run | None = None) -> Run:
     def run(model: nn.Module, batch: Any) -> Any:
         if forward_fn is not None:
             return forward_fn(model, _placed(batch, _device(model), None))
-        args, kwargs = arguments(model, batch)
-        args, kwargs = _placed((args, kwargs), _device(model), _dtype(model))
+        args, kwargs = prepared(model, batch)
         return model(*args, **kwargs)
 
     return run
+
+
+def prepared(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that the rules of `runner` make of a batch, copied to the model's device and dtype."""
+    return _placed(arguments(model, batch), _device(model), _dtype(model))
 
 
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -277,6 +281,8 @@ def _device(model: nn.Module) -> torch.device | None:
 
 def _dtype(model: nn.Module) -> torch.dtype | None:
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if not dtypes:  # sparse layers hold their values as buffers
+        dtypes = {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 

@@ -23,3 +23,11 @@ class InfeasibleError(NetTrimError):
 
 class ConvergenceError(NetTrimError):
     """A solver stopped without a feasible point; nothing was written into the model."""
+
+
+class MaskError(NetTrimError):
+    """Weights that a mask says are zero are not; the message names the parameters and how many."""
+
+
+class FormatError(ArgumentError):
+    """A file is not what its format says: another kind of file, damaged, or cut off."""

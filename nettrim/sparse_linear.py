@@ -6,6 +6,9 @@ them. One row of inputs is a matrix-vector product, several are one product with
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,7 +64,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("columns", columns)
         self.register_buffer("values", values)
         self.register_buffer("bias", bias)
-        self._ready: tuple[Tensor, int, Tensor, Tensor | None] | None = None
+        self._ready: tuple[Tensor, int, Tensor] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, block: int = 1) -> SparseLinear:
@@ -83,7 +86,8 @@ class SparseLinear(nn.Module):
             raise ArgumentError(f"weights of shape {tuple(weight.shape)} are not cut by blocks of {block}x{block}; choose a divisor of both")
         if int(weight.count_nonzero()) > LARGEST:
             raise ArgumentError(f"the weights have more than {LARGEST} nonzeros, the most that a 32-bit index counts; leave the layer dense")
-        matrix = weight.to_sparse_csr() if block == 1 else weight.to_sparse_bsr((block, block))
+        with _quiet():
+            matrix = weight.to_sparse_csr() if block == 1 else weight.to_sparse_bsr((block, block))
         bias = None if linear.bias is None else linear.bias.detach().clone()
         sparse = cls(
             linear.in_features, linear.out_features, matrix.crow_indices().int(), matrix.col_indices().int(), matrix.values().clone(), bias
@@ -132,19 +136,19 @@ class SparseLinear(nn.Module):
         if torch.compiler.is_compiling():
             out = _operator(x, self.crow, self.columns, values, self.bias, self.out_features)
         elif lowered:
-            out = _alone(x, *self._operands(values))
+            out = _alone(x, self._ready_matrix(values), self._buffers["bias"])
         else:
-            return _product(x, *self._operands(values))
+            return _product(x, self._ready_matrix(values), self._buffers["bias"])
         return out.to(torch.get_autocast_dtype(x.device.type)) if lowered else out
 
-    def _operands(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The matrix and the bias as they are multiplied: made once, and anew when the values were replaced or written to."""
+    def _ready_matrix(self, values: Tensor) -> Tensor:
+        """The matrix as it is multiplied: made once, and anew when the values were replaced or written to."""
         ready = self._ready
         version = 0 if values.is_inference() else values._version
         if ready is None or ready[0] is not values or ready[1] != version:
-            shape = (self.out_features, self.in_features)
-            self._ready = ready = (values, version, *_prepare(self.crow, self.columns, values, self.bias, shape))
-        return ready[2], ready[3]
+            matrix = _computable(self.crow, self.columns, values, (self.out_features, self.in_features))
+            self._ready = ready = (values, version, matrix)
+        return ready[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}  # a copy's matrix is to be made of the copy's values
@@ -156,17 +160,26 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Make room for what is loaded, after checking it: an index out of range would be read as an address."""
         self._ready = None
-        found = {key: state_dict.get(prefix + key) for key in ("crow", "columns", "values")}
-        if all(isinstance(value, Tensor) for value in found.values()):
+        keys = ("crow", "columns", "values")
+        given = [state_dict[prefix + key] for key in keys if isinstance(state_dict.get(prefix + key), Tensor)]
+        if len(given) == len(keys):
             try:
-                _check(found["crow"], found["columns"], found["values"], (self.out_features, self.in_features))
+                _check(given[0], given[1], given[2], (self.out_features, self.in_features))
             except ArgumentError as error:
                 args[-1].append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
                 return
-            for key, value in found.items():
-                own = getattr(self, key)
+            for key, value in zip(keys, given, strict=True):
+                own = self.get_buffer(key)
                 setattr(self, key, torch.empty(value.shape, dtype=own.dtype, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning, once a process, that its compressed tensors are in beta: what they compute is checked by ``to_sparse``."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta", UserWarning)
+        yield
 
 
 def _matrix(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], check: bool = False) -> Tensor:
@@ -182,20 +195,22 @@ def _check(crow: Any, columns: Any, values: Any, shape: tuple[int, int]) -> None
     if values.dim() not in (1, 3) or (values.dim() == 3 and values.shape[1] != values.shape[2]):
         raise ArgumentError(f"values have shape {tuple(values.shape)}; expected (blocks,) or (blocks, B, B)")
     try:
-        _matrix(crow, columns, values, shape, check=True)
+        with _quiet():
+            _matrix(crow, columns, values, shape, check=True)
     except RuntimeError as error:
         raise ArgumentError(f"crow, columns and values are no compressed rows of a matrix of shape {shape}: {error}") from error
 
 
-def _prepare(crow: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    dtype = _EXACT.get(values.dtype, values.dtype)
-    return _matrix(crow, columns, values.detach().to(dtype), shape), None if bias is None else bias.to(dtype)
+def _computable(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return _matrix(crow, columns, values.detach().to(_EXACT.get(values.dtype, values.dtype)), shape)
 
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """``x Wᵀ + bias`` for at least one dimension of x. At one row the calls around the product cost as much as it does: there are few of them."""
     shape, (M, N) = x.shape, matrix.shape
     inputs = x if x.dtype == matrix.dtype else x.to(matrix.dtype)
+    if bias is not None and bias.dtype != matrix.dtype:
+        bias = bias.to(matrix.dtype)
     if x.numel() == N and N and matrix.layout == torch.sparse_csr:
         vector = inputs.reshape(N)
         out = torch.mv(matrix, vector) if bias is None else torch.addmv(bias, matrix, vector)
@@ -219,7 +234,7 @@ def _alone(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("nettrim::sparse_linear", mutates_args=())
 def _operator(x: Tensor, crow: Tensor, columns: Tensor, values: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """The product as one operator, for ``torch.compile`` and ``torch.export``, which do not look into sparse tensors."""
-    return _alone(x, *_prepare(crow, columns, values, bias, (out_features, x.shape[-1])))
+    return _alone(x, _computable(crow, columns, values, (out_features, x.shape[-1])), bias)
 
 
 @_operator.register_fake
