@@ -161,7 +161,6 @@ def test_with_a_metric_the_weights_are_the_best_on_their_support_and_beat_those_
 
 def test_a_step_of_the_search_solves_its_linear_system(monkeypatch):
     monkeypatch.setattr("nettrim.solvers.support._ITERATIONS", 1)
-    monkeypatch.setattr("nettrim.solvers.support._RELAXATION", 1.0)
     A, Y, _ = layer(P=60, N=6, M=3, seed=1)
     problem, column, row = normalised(A.T @ A, inner_product(3), torch.float64)
     C = row * (Y.T @ A) / column
