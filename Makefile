@@ -14,12 +14,13 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c '$(RECENT)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint bench-mnist clean distclean
+.PHONY: help demo test lint docs bench-mnist clean distclean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, prune it, print the certificate"
 	@echo "make test         ruff, mypy and the tests with coverage"
 	@echo "make lint         ruff and mypy alone"
+	@echo "make docs         the documentation site, in docs/_build/html"
 	@echo "make bench-mnist  the papers' protocol on MNIST (BENCH_FLAGS=--quick for a minute's worth)"
 	@echo "make clean        remove caches and build outputs; make distclean: the virtual environment too"
 
@@ -33,6 +34,9 @@ test: lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench-mnist: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.mnist $(BENCH_FLAGS)
@@ -50,7 +54,7 @@ $(VENV)/.made:
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

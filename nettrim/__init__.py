@@ -17,7 +17,7 @@ from nettrim.programs import LayerProgram
 from nettrim.prune import ProgressEvent, PruneResult, prune
 from nettrim.report import Certificate, LayerReport, Report
 from nettrim.shrinking import shrink
-from nettrim.solvers import Solution, solve
+from nettrim.solvers import HistoryPoint, Solution, solve
 from nettrim.sparse_linear import SparseLinear
 from nettrim.sparse_report import SparseLayer, SparseReport
 from nettrim.sparsify import to_dense, to_sparse
@@ -33,6 +33,7 @@ __all__ = [
     "CompressedSize",
     "ConvergenceError",
     "FormatError",
+    "HistoryPoint",
     "InfeasibleError",
     "LayerProgram",
     "LayerReport",

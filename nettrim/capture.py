@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
-from nettrim.errors import CalibrationError
+from nettrim.errors import CalibrationError, RouteError
 
 
 class _Stop(BaseException):
@@ -111,7 +111,7 @@ def rows(
                 except _Stop:
                     pass
                 if not seen:
-                    raise CalibrationError(
+                    raise RouteError(
                         f"layer {name!r} did not run in calibration batch {index}; expected it to run in every "
                         "batch: leave it out (ignore) or leave out that batch"
                     )

@@ -13,6 +13,10 @@ class CalibrationError(ArgumentError):
     """The calibration data, or what the model makes of it, cannot be used (empty, NaN, wrong shape, forward failed)."""
 
 
+class RouteError(CalibrationError):
+    """A layer does not run in every batch, or not alike in the dense and in the pruned network."""
+
+
 class UnsupportedProgramError(ArgumentError):
     """The solver does not take this kind of program; the message names the solvers that do."""
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
 from nettrim import capture, dispatch, layers, selection
+from nettrim.accumulation import accumulated
 from nettrim.budgets import Budget, Layer
-from nettrim.certificate import Promise, certify, make_promise, network_bound
-from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError
+from nettrim.certificate import Promise, certify, make_promise, network_bound, stored_discrepancy
+from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError, RouteError
 from nettrim.goals import Measured, set_goals
 from nettrim.options import Options
 from nettrim.progress import Progress, ProgressEvent
@@ -92,6 +93,16 @@ def execute(task: Task, options: Options) -> PruneResult:
             seen, dropped_rows = _some_rows(seen, options.max_rows, options.seed), True
         return seen, goals.budget(layer, seen, last=layer.name == last)
 
+    def held_out(name: str, module: nn.Module) -> float | None:
+        layer = next(layer for layer in chosen if layer.name == name)
+        try:
+            if not keep_out:
+                return None
+            rows = _observe(model, pruned, layer, keep_out, run, device, two_streams=options.mode == "cascade")
+        except RouteError:  # nothing was promised of the samples kept out
+            return None
+        return _share(stored_discrepancy(module, rows.inputs, rows.targets, rows.activation), rows.targets)
+
     def finish(seen: Layer, budget: Budget, solution: Solution) -> str:
         stored = store(pruned.get_submodule(seen.name), seen, budget, solution, options.solver, options.tol, options.max_iter)
         if stored.failure is not None:
@@ -100,7 +111,7 @@ def execute(task: Task, options: Options) -> PruneResult:
             skipped[seen.name] = f"kept dense: {stored.failure}"
             return stored.solution.status
         module = pruned.get_submodule(seen.name)
-        reports.append(_layer_report(module, seen, stored))
+        reports.append(_layer_report(module, seen, stored, held_out(seen.name, module)))
         promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, stored.promise, budget.inflation)
         return stored.solution.status
 
@@ -108,6 +119,9 @@ def execute(task: Task, options: Options) -> PruneResult:
     with Progress(task.progress, len(chosen)) as report_progress, contextlib.closing(solutions) as solved:
         for seen, budget, solution in solved:
             report_progress(seen.name, finish(seen, budget, solution))
+    if dropped_rows or options.mode == "parallel":  # elsewhere a layer's own discrepancy is all there is
+        through = accumulated(model, pruned, {r.name: r.activation for r in reports}, solve_on, run)
+        reports = [dataclasses.replace(r, accumulated=through[r.name]) for r in reports]
     why_not = "with max_rows the promises cover the rows that were drawn" if dropped_rows else traced.not_chain_reason
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
     outputs = [(dense, capture.outputs(pruned, part, run)) for dense, part in zip(dense_outputs, (solve_on, keep_out), strict=False)]
@@ -142,7 +156,7 @@ def _observe(
     if two_streams:
         seen, _ = capture.rows(pruned, batches, run, pruned.get_submodule(layer.name), device=device)
         if seen.shape != A.shape:
-            raise NetTrimError(
+            raise RouteError(
                 f"layer {layer.name!r} has {seen.shape[0]} rows in the pruned network and {A.shape[0]} in the dense one; its shape depends on "
                 "values, which a cascade cannot follow: use mode='parallel'"
             )
@@ -165,10 +179,16 @@ def _failure(name: str, stored: Stored) -> NetTrimError:
     return kind(f"layer {name!r}: {stored.failure}. The model is unchanged; on_failure='keep_dense' would keep this layer dense and go on")
 
 
-def _layer_report(module: nn.Module, seen: Layer, stored: Stored) -> LayerReport:
+def _share(discrepancy: float, targets: Tensor) -> float:
+    """A discrepancy relative to the norm of the targets (P, M)."""
+    norm = float(targets.double().norm())
+    return discrepancy / norm if norm > 0 else 0.0 if discrepancy == 0 else math.inf
+
+
+def _layer_report(module: nn.Module, seen: Layer, stored: Stored, holdout: float | None) -> LayerReport:
     weight = module.get_parameter("weight")
     nonzeros = int((weight != 0).sum())
-    norm = float(seen.targets.double().norm())
+    relative = _share(stored.discrepancy, seen.targets)
     solution = stored.solution
     return LayerReport(
         name=seen.name,
@@ -178,7 +198,9 @@ def _layer_report(module: nn.Module, seen: Layer, stored: Stored) -> LayerReport
         density=nonzeros / weight.numel(),
         epsilon=stored.promise,
         discrepancy=stored.discrepancy,
-        relative_discrepancy=stored.discrepancy / norm if norm > 0 else 0.0 if stored.discrepancy == 0 else math.inf,
+        relative_discrepancy=relative,
+        accumulated=relative,
+        holdout=holdout,
         objective=solution.objective,
         lower_bound=solution.lower_bound,
         gap=solution.gap,
@@ -187,4 +209,6 @@ def _layer_report(module: nn.Module, seen: Layer, stored: Stored) -> LayerReport
         seconds=solution.seconds,
         solver=solution.solver,
         activation=seen.activation,
+        weight_bytes=weight.numel() * weight.element_size(),
+        history=solution.history,
     )

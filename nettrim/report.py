@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nettrim import rendering
 from nettrim.errors import ArgumentError, NetTrimError
+from nettrim.solvers.base import HistoryPoint
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+    from torch import Tensor
 
-SCHEMA = 1  # of the dictionary and the JSON file; raised when a reader of the old one would misread the new one
+SCHEMA = 2  # of the dictionary and the JSON file; raised when a reader of the old one would misread the new one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,13 @@ class LayerReport:
         The same norm, measured by running the stored layer.
     relative_discrepancy : float
         ``discrepancy`` as a share of the norm of the dense network's output.
+    accumulated : float or None
+        Relative discrepancy of the layer's output in the pruned network against the dense one, over the samples solved on: its own, and what the
+        layers before it left. In a cascade that solves on all rows the two are one; in parallel mode the rest is not in ``discrepancy``. None where
+        the layer does not run alike in both networks.
+    holdout : float or None
+        ``relative_discrepancy`` on the samples kept out, on the inputs that the layer's program would see there; None without any, or where the
+        layer does not run alike on them.
     objective, lower_bound : float
         Value of the program at the solution, and a proven lower bound on its optimum.
     gap : float
@@ -58,6 +67,10 @@ class LayerReport:
         Name of the solver that was used.
     activation : str or None
         ``"relu"`` where a ReLU follows the layer.
+    weight_bytes : int
+        Of the weight matrix in its dtype, stored dense.
+    history : tuple of HistoryPoint
+        How the solver's objective and bound came together (see :class:`nettrim.Solution`); with more than one solve, that of the last one.
     """
 
     name: str
@@ -68,6 +81,8 @@ class LayerReport:
     epsilon: float
     discrepancy: float
     relative_discrepancy: float
+    accumulated: float | None
+    holdout: float | None
     objective: float
     lower_bound: float
     gap: float
@@ -76,6 +91,8 @@ class LayerReport:
     seconds: float
     solver: str
     activation: str | None
+    weight_bytes: int
+    history: tuple[HistoryPoint, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +155,7 @@ class Report:
     seconds: float
 
     def __str__(self) -> str:
-        return rendering.text(self)
+        return rendering.text.render(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dictionaries, lists, strings and numbers only.
@@ -209,7 +226,7 @@ class Report:
             raise ArgumentError(f"{os.fspath(path)}: {error}") from error
 
     def to_frame(self) -> "pandas.DataFrame":
-        """Return one row a pruned layer, with the columns of `LayerReport`.
+        """Return one row a pruned layer, with the columns of `LayerReport` but its history.
 
         Raises
         ------
@@ -220,26 +237,45 @@ class Report:
             import pandas
         except ImportError as error:
             raise _missing("Report.to_frame", "pandas", "frame") from error
-        columns = [field.name for field in dataclasses.fields(LayerReport)]
+        columns = [field.name for field in dataclasses.fields(LayerReport) if field.name != "history"]
         return pandas.DataFrame([vars(layer) for layer in self.layers], columns=columns)
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one HTML file that needs no other file.
+    def to_html(
+        self, path: str | os.PathLike[str], *, masks: "Mapping[str, Tensor] | None" = None, facts: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the report as one HTML file that needs no other file, no network and no script.
+
+        Parameters
+        ----------
+        path : path-like
+        masks : mapping of str to Tensor, optional
+            `PruneResult.masks` of the same run, to be shown as pictures; a report alone does not hold them.
+        facts : mapping of str to str, optional
+            What else is known of the network and to be shown at the top: ``{"speed at batch 1": "2.5 times the dense network's"}``.
 
         Raises
         ------
+        ArgumentError
+            The masks are not this report's.
         OSError
             `path` cannot be written.
         """
-        Path(path).write_text(rendering.page(self), encoding="utf-8")
+        Path(path).write_text(rendering.page.render(self, masks or {}, facts or {}), encoding="utf-8")
 
-    def plot(self) -> "Figure":
-        """Return a figure: the density of each layer, and its promised against its measured discrepancy.
+    def plot(self, *, masks: "Mapping[str, Tensor] | None" = None) -> "Figure":
+        """Return a figure: densities, discrepancies promised, measured and held out, the error through the depth, and gaps.
 
         The figure is not known to pyplot: show it in a notebook as it is, or write it with ``savefig``.
 
+        Parameters
+        ----------
+        masks : mapping of str to Tensor, optional
+            As `to_html` takes them.
+
         Raises
         ------
+        ArgumentError
+            The masks are not this report's.
         NetTrimError
             matplotlib is not installed.
         """
@@ -247,7 +283,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise _missing("Report.plot", "matplotlib", "plot") from error
-        return rendering.figure(self, Figure)
+        return rendering.figure.draw(self, Figure, masks or {})
 
 
 def _missing(what: str, package: str, extra: str) -> NetTrimError:
@@ -294,5 +330,11 @@ def _read(cls: type, data: Mapping[str, Any]) -> Any:
             values[name] = float(values[name])
         elif kind == tuple[int, int]:
             values[name] = tuple(values[name])
+        elif kind == tuple[HistoryPoint, ...]:
+            values[name] = tuple(_read_point(*point) for point in values[name])
     return cls(**values)
 
+
+
+def _read_point(iteration: int, seconds: float | str, objective: float | str, lower_bound: float | str) -> HistoryPoint:
+    return HistoryPoint(int(iteration), float(seconds), float(objective), float(lower_bound))

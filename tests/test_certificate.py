@@ -128,7 +128,7 @@ def test_rows_left_out_leave_no_bound_but_an_honest_measure() -> None:
     assert prune(model, inputs, epsilon=0.1, max_rows=72).report.certificate.guaranteed is not None  # 80 less a tenth: none is left out
 
 
-REPORT = LayerReport("a", (2, 3), 4, 5, 0.8, 1.0, 0.9, 0.1, 1.0, 1.0, 0.0, "optimal", 1, 0.1, "prox_admm", None)
+REPORT = LayerReport("a", (2, 3), 4, 5, 0.8, 1.0, 0.9, 0.1, 0.1, None, 1.0, 1.0, 0.0, "optimal", 1, 0.1, "prox_admm", None, 24, ())
 SAME = (torch.ones(4, 2), torch.ones(4, 2))
 
 

@@ -22,7 +22,9 @@ import pytest
 import nettrim
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts]
+FILES = [ROOT / "README.md", *PAGES]
 OWNERS = {
     "result": nettrim.PruneResult,
     "report": nettrim.Report,
@@ -150,7 +152,7 @@ def test_names_exist(path):
 
 @by_file
 def test_arguments_exist(path):
-    callables = (nettrim.prune, nettrim.solve, nettrim.LayerProgram, nettrim.to_sparse)
+    callables = (nettrim.prune, nettrim.solve, nettrim.LayerProgram, nettrim.to_sparse, nettrim.Report.to_html)
     known = {name for function in callables for name in inspect.signature(function).parameters}
     for code in inline_code(path.read_text(encoding="utf-8")):
         found = re.match(r"([a-z_]+)=\S", code)

@@ -14,10 +14,10 @@ from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.programs import LayerProgram
 from nettrim.rows import as_rows
 from nettrim.solvers import admm, blocks, cvxpy, gram_admm, osqp, prox_admm, topk_admm
-from nettrim.solvers.base import STATUSES, Solution, Solver, judge, threads_for
+from nettrim.solvers.base import STATUSES, HistoryPoint, Solution, Solver, judge, threads_for
 from nettrim.solvers.presolve import presolve
 
-__all__ = ["SOLVERS", "STATUSES", "Solution", "Solver", "check_solver", "solve"]
+__all__ = ["SOLVERS", "STATUSES", "HistoryPoint", "Solution", "Solver", "check_solver", "solve"]
 
 SOLVERS: dict[str, Solver] = {
     prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 5000, drops_dead_inputs=True),
@@ -139,8 +139,9 @@ def solve(
         solution = _by_convex_program(smaller.program, solution, float(tol), inside)
     if inside is not None and not math.isfinite(solution.gap) and smaller.program.is_feasible(inside):
         # the answer of last resort, for solvers that have no use for a start
-        spent = (solution.iterations, solution.seconds)
+        spent, known = (solution.iterations, solution.seconds), solution.history
         solution = judge(
             smaller.program, inside, solution.lower_bound, tol=float(tol), iterations=spent[0], seconds=spent[1], solver=solution.solver
         )
+        solution = dataclasses.replace(solution, history=known)
     return dataclasses.replace(solution, weights=smaller.expand(solution.weights))

@@ -19,7 +19,7 @@ from torch import Tensor
 from nettrim.programs import LayerProgram
 from nettrim.proximal import shrink_to_ball, soft_threshold
 from nettrim.residual import residual
-from nettrim.solvers.base import Solution, judge, relative_gap
+from nettrim.solvers.base import History, Solution, judge, relative_gap
 from nettrim.solvers.feasibility import restore_budget
 
 NAME = "admm"
@@ -75,7 +75,7 @@ def run(
     W1, U1, normal = AW3, torch.zeros_like(AW3), torch.zeros_like(AW3)
     penalty = 100.0 if rho is None else rho
     best: tuple[float, Tensor] = (math.inf, W2)
-    bound, iteration = 0.0, 0
+    bound, iteration, history = 0.0, 0, History()
     for start_from in (torch.zeros_like(W3), W3):
         if verify and program.is_feasible(start_from.to(program.dtype)) and program.norm(start_from) < best[0]:
             best = (program.norm(start_from), start_from.clone())
@@ -105,12 +105,13 @@ def run(
             penalty, U1, U2 = penalty * factor, U1 / factor, U2 / factor
         bound = max(bound, program.lower_bound(normal))
         W = restore_budget(program, G, W2)
-        if W is None or not program.is_feasible(W.to(program.dtype)):
-            continue
-        norm = program.norm(W)
-        if abs(norm - bound) < abs(best[0] - bound):
-            best = (norm, W)
-        if relative_gap(best[0], bound) <= tol or max(primal, dual) <= 1e-3 * tol:
+        feasible = W is not None and program.is_feasible(W.to(program.dtype))
+        if W is not None and feasible:
+            norm = program.norm(W)
+            if abs(norm - bound) < abs(best[0] - bound):
+                best = (norm, W)
+        history.note(iteration, best[0], bound)
+        if feasible and (relative_gap(best[0], bound) <= tol or max(primal, dual) <= 1e-3 * tol):
             break
     return judge(
         program,
@@ -120,4 +121,5 @@ def run(
         iterations=iteration,
         seconds=time.perf_counter() - start,
         solver=NAME,
+        history=history,
     )

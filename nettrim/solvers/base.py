@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,52 @@ from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
 
 _ONE_THREAD_WORK = 2e7
+_POINTS = 64  # kept of a solve: enough for a curve, whatever the number of iterations
 STATUSES = ("optimal", "feasible", "infeasible", "iteration_limit")
+
+
+class HistoryPoint(NamedTuple):
+    """What a solver knew after some of its iterations.
+
+    Attributes
+    ----------
+    iteration : int
+    seconds : float
+        Since the solver started.
+    objective : float
+        Of the best feasible weights met so far; infinite before there are any.
+    lower_bound : float
+        The best one proven so far.
+    """
+
+    iteration: int
+    seconds: float
+    objective: float
+    lower_bound: float
+
+    @property
+    def gap(self) -> float:
+        """As in `Solution`."""
+        return relative_gap(self.objective, self.lower_bound)
+
+
+@dataclass
+class History:
+    """A solve as it goes on: its points, thinned out where there are many. Nothing is computed for it."""
+
+    began: float = field(default_factory=time.perf_counter)
+    points: list[HistoryPoint] = field(default_factory=list)
+    noted: int = 0
+    every: int = 1  # that is kept; the last one is kept until the next one comes
+
+    def note(self, iteration: int, objective: float, lower_bound: float) -> None:
+        if self.noted and (self.noted - 1) % self.every:
+            self.points.pop()
+        self.points.append(HistoryPoint(iteration, time.perf_counter() - self.began, objective, lower_bound))
+        if self.noted % self.every == 0 and len(self.points) == _POINTS - 1:
+            self.points = self.points[::2]  # an odd number: the first and the last stay
+            self.every *= 2
+        self.noted += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +92,9 @@ class Solution:
     solver : str
     least_distance : float or None
         For an infeasible program, the ``‖D‖_F`` of the weights that come nearest, to 0.1 %: a budget ``epsilon`` above it is feasible.
+    history : tuple of HistoryPoint
+        How objective and bound came together, at most 64 points; of ``topk_admm``, how the number of weights fell. Empty for solvers that say
+        nothing on the way, and for blocks of neurons.
     """
 
     weights: Tensor
@@ -58,6 +108,7 @@ class Solution:
     seconds: float
     solver: str
     least_distance: float | None = None
+    history: tuple[HistoryPoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,10 +134,15 @@ class Best:
     objective: float
     bound: float
     measures: Measures | None = None
+    history: History = field(default_factory=History)
 
     @property
     def gap(self) -> float:
         return relative_gap(self.objective, self.bound)
+
+    def note(self, iteration: int) -> None:
+        """Write down where the solve is."""
+        self.history.note(iteration, self.objective, self.bound)
 
 
 def relative_gap(objective: float, lower_bound: float) -> float:
@@ -148,6 +204,7 @@ def judge(
     infeasible: bool = False,
     least_distance: float | None = None,
     measures: Measures | None = None,
+    history: History | None = None,
 ) -> Solution:
     """The solution that ``W`` (M, N) is, every figure computed in float64 by the program itself, unless its ``measures`` of W are at hand."""
     W = W.detach().to(program.device, program.dtype)
@@ -172,4 +229,5 @@ def judge(
         seconds=seconds,
         solver=solver,
         least_distance=least_distance,
+        history=() if history is None else tuple(history.points),
     )

@@ -89,7 +89,17 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
         # G and C are rounded too, and no margin tried was wide enough for what they hold of the budget to hold on the rows
         return prox_admm.run(program, tol, max_iter, initial)
     seconds = time.perf_counter() - began
-    return judge(program, answer, best.bound, tol=tol, iterations=iterations, seconds=seconds, solver=NAME, measures=measures)
+    return judge(
+        program,
+        answer,
+        best.bound,
+        tol=tol,
+        iterations=iterations,
+        seconds=seconds,
+        solver=NAME,
+        measures=measures,
+        history=best.history,
+    )
 
 
 def _weights(program: LayerProgram, best: Best) -> Tensor:
@@ -141,6 +151,7 @@ def _iterate(program: LayerProgram, gram: Gram, s: _State, best: Best, tol: floa
         ratio = _step(program, gram, s, watched=True)
         best.bound = max(best.bound, gram.bound(program, _dense(gram, s)))
         _offer(program, gram, s, best, margin, math.inf if iteration == limit else _HOPELESS * tol)
+        best.note(iteration)
         if best.gap <= tol:
             best.measures = program.measure(_weights(program, best))
             if program.feasible_by(best.measures):

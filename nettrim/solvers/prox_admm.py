@@ -78,6 +78,7 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
             infeasible=infeasible,
             least_distance=least_distance,
             measures=best.measures,
+            history=best.history,
         )
 
     if best.objective == 0:
@@ -127,6 +128,7 @@ def _iterate(program: LayerProgram, best: Best, tol: float, limit: int, initial:
         bound, correlation = best_bound(program, state.U)
         best.bound = max(best.bound, bound)
         unmet = _end(program, working_set, best, state, tol, last=iteration == limit)
+        best.note(iteration)
         if best.gap <= tol:
             break
         if unmet:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from nettrim.patterns import Supports
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
-from nettrim.solvers.base import Solution, judge
+from nettrim.solvers.base import History, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
 from nettrim.solvers.support import Fit, Quadratic, normalised, refit, search
 
@@ -55,12 +55,17 @@ class _Problem:
     row: Tensor  # (M, 1), √S_mm; (1, 1) without a metric
     C: Tensor  # (M, N), of the present T
     iterations: int = 0
+    history: History = field(default_factory=History)
 
     def inner(self, W: Tensor) -> Tensor:
         return W.double() * self.column * self.row
 
     def true(self, W: Tensor) -> Tensor:
         return W / self.column / self.row
+
+    def note(self, fit: Fit, supports: Supports) -> None:
+        """Write down a fit that keeps the budget: its number of weights, below which nothing is proven."""
+        self.history.note(self.iterations, float((fit.mask & supports.counted).sum()), 0.0)
 
     def renew(self, W: Tensor) -> None:
         """``C = TᵀA`` for the T of the weights ``W`` (inner)."""
@@ -81,7 +86,8 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
             W = torch.where(fit.mask & (problem.quadratic.G.diagonal() == 0), initial.double(), W)
     else:
         W = _fewest(problem, supports, start, max_iter)
-    return judge(program, W, 0.0, tol=tol, iterations=problem.iterations, seconds=time.perf_counter() - began, solver=NAME)
+    spent = (problem.iterations, time.perf_counter() - began)
+    return judge(program, W, 0.0, tol=tol, iterations=spent[0], seconds=spent[1], solver=NAME, history=problem.history)
 
 
 def _everything(program: LayerProgram, supports: Supports) -> Tensor:
@@ -171,6 +177,7 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
         start = fit.W
         if excess <= 0:
             high, high_excess, best = size, excess, fit
+            problem.note(fit, supports)
         else:
             low, low_excess = size, excess
         if high - low <= 1 or (best is not None and high - low <= _CLOSE * high):
@@ -205,6 +212,7 @@ def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Ten
         problem.iterations += 1
         if program.misfit(problem.true(trimmed.W)) <= budget:
             fit = trimmed
+            problem.note(fit, supports)
         elif step == 1:
             break
         else:

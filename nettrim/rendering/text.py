@@ -1,4 +1,4 @@
-"""How a report looks: its verdict in a line, its table as text and as HTML, its figure. No number is made here."""
+"""A report in words: its verdict in a line, its table as plain text. No number is made here."""
 
 import io
 import math
@@ -10,20 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from nettrim.report import Certificate, LayerReport, Report
 
 WIDTH = 120  # columns of a report as text, wherever it goes: it reads the same in a log and in a terminal
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>nettrim report</title></head>
-<body style="margin: 2rem; color: {foreground}; background-color: {background};">
-<pre style="font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace; line-height: 1.3"><code>{code}</code></pre>
-</body>
-</html>
-"""
 
 
 def number(value: float | None) -> str:
@@ -36,6 +25,18 @@ def percent(value: float | None) -> str:
     if value is None:
         return "-"
     return "< 0.01 %" if 0 < value < 5e-5 else f"{value:.2%}".replace("%", " %")
+
+
+def relative_promise(layer: "LayerReport") -> float | None:
+    """The layer's budget as a share of the norm of its dense output; None where the report does not say that norm."""
+    if not (layer.discrepancy > 0 and 0 < layer.relative_discrepancy < math.inf):
+        return None
+    return layer.epsilon * layer.relative_discrepancy / layer.discrepancy
+
+
+def no_bound(layer: "LayerReport") -> bool:
+    """Whether the solver proved nothing about the layer's optimum."""
+    return layer.lower_bound == 0 and layer.objective > 0
 
 
 def verdict(certificate: "Certificate") -> str:
@@ -54,40 +55,11 @@ def verdict(certificate: "Certificate") -> str:
     return f"{judgement}: {bound} ({shares})"
 
 
-def text(report: "Report") -> str:
+def render(report: "Report") -> str:
     """Return the report as plain text: no escape codes, the same width everywhere."""
     out = io.StringIO()
     _print(report, Console(file=out, width=WIDTH, color_system=None, force_terminal=False, force_jupyter=False))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def page(report: "Report") -> str:
-    """Return the report as one HTML page that needs no other file."""
-    console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
-    _print(report, console)
-    return console.export_html(inline_styles=True, code_format=_PAGE)
-
-
-def figure(report: "Report", figure_type: "type[Figure]") -> "Figure":
-    """Draw a report on a new `figure_type`: densities to the left, promised and measured discrepancies to the right."""
-    names = [layer.name.replace("$", r"\$") for layer in report.layers]  # a pair of $ would be read as TeX
-    places = range(len(names))
-    drawing = figure_type(figsize=(max(8.0, 1.2 * len(names)), 4.0), layout="constrained")
-    kept, promise = drawing.subplots(1, 2)
-    kept.bar(places, [layer.density for layer in report.layers], color="tab:blue")
-    kept.set(title="weights kept", ylabel="density", ylim=(0.0, 1.0))
-    width = 0.4
-    for shift, label, values, color in (
-        (-width / 2, "promised", [layer.epsilon for layer in report.layers], "lightgray"),
-        (width / 2, "measured", [layer.discrepancy for layer in report.layers], "tab:orange"),
-    ):
-        finite = [value if math.isfinite(value) else math.nan for value in values]  # an infinite bar has no top
-        promise.bar([place + shift for place in places], finite, width, label=label, color=color)
-    promise.set(title="output discrepancy", ylabel="Frobenius norm")
-    promise.legend()
-    for axes in (kept, promise):
-        axes.set_xticks(list(places), names, rotation=30, ha="right")
-    return drawing
 
 
 def _print(report: "Report", console: Console) -> None:
@@ -123,7 +95,7 @@ def _layer_table(layers: "tuple[LayerReport, ...]") -> Table:
             number(layer.epsilon),
             number(layer.discrepancy),
             percent(layer.relative_discrepancy),
-            percent(None if layer.lower_bound == 0 and layer.objective > 0 else layer.gap),  # no bound is no gap
+            percent(None if no_bound(layer) else layer.gap),
             layer.status,
             str(layer.iterations),
             number(layer.seconds),
