@@ -21,6 +21,7 @@ from nettrim.solvers import HistoryPoint, Solution, solve
 from nettrim.sparse_linear import SparseLinear
 from nettrim.sparse_report import SparseLayer, SparseReport
 from nettrim.sparsify import to_dense, to_sparse
+from nettrim.verification import Check, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "BenchTiming",
     "CalibrationError",
     "Certificate",
+    "Check",
     "CompressedSize",
     "ConvergenceError",
     "FormatError",
@@ -47,6 +49,7 @@ __all__ = [
     "SparseLinear",
     "SparseReport",
     "UnsupportedProgramError",
+    "Verification",
     "apply_masks",
     "bench",
     "check_masks",
@@ -58,5 +61,6 @@ __all__ = [
     "solve",
     "to_dense",
     "to_sparse",
+    "verify",
     "__version__",
 ]

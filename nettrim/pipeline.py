@@ -161,7 +161,9 @@ def _observe(
                 "values, which a cascade cannot follow: use mode='parallel'"
             )
         # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within
-        disturbed = float((seen - A).norm()) > _ROUNDING * torch.finfo(A.dtype).eps * float(A.norm())
+        # in float64: squares of 1e-30 are none in float32
+        difference, size = (float(torch.linalg.vector_norm(rows, dtype=torch.float64)) for rows in (seen - A, A))
+        disturbed = difference > _ROUNDING * torch.finfo(A.dtype).eps * size
         A = seen
     Y = Z.clamp(min=0) if layer.activation == "relu" else Z
     return Layer(layer.name, A, Y, Z, layers.as_matrix(layer.module).to(A), layer.activation, disturbed)

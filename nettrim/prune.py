@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from nettrim import calibration as calibrations
-from nettrim import layers, trials
+from nettrim import digests, layers, trials
 from nettrim.errors import ArgumentError
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
@@ -168,9 +169,11 @@ def prune(
     if executor is not None and mode != "parallel":
         raise ArgumentError("executor was given with mode='cascade', where each layer waits for the one before; use mode='parallel'")
     run = calibrations.runner(forward_fn)
-    solve_on, keep_out = calibrations.split(calibrations.batches(calibration), holdout, seed)
+    batches = calibrations.batches(calibration)
+    solve_on, keep_out = calibrations.split(batches, holdout, seed)
     task = Task(model, solve_on, keep_out, run, trace(model, solve_on, run), targets, ignore, device, progress, executor)
     result = trials.execute(task, options)
+    result = dataclasses.replace(result, report=digests.sign(result.report, model, result.model, batches))
     if not inplace:
         return result
     _transfer(result.model, model, [layer.name for layer in result.report.layers])

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from nettrim import rendering
+from nettrim import reading, rendering
 from nettrim.errors import ArgumentError, NetTrimError
 from nettrim.solvers.base import HistoryPoint
 
@@ -145,6 +145,9 @@ class Report:
         Share of the pruned layers' weight entries that are kept, biases aside, in [0, 1].
     seconds : float
         Wall time of the whole call.
+    digests : dict of str to str
+        SHA-256 of ``"dense model"``, ``"pruned model"``, ``"calibration"`` and the ``"report"`` without this field: what :func:`nettrim.verify`
+        tells other ones by. Empty in reports of older versions.
     """
 
     layers: tuple[LayerReport, ...]
@@ -153,6 +156,7 @@ class Report:
     options: dict[str, object]
     density: float
     seconds: float
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return rendering.text.render(self)
@@ -174,22 +178,21 @@ class Report:
         ArgumentError
             `data` is no report, or one of a schema that this version cannot read.
         """
-        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
-            found = repr(data.get("schema")) if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        schema = data.get("schema") if isinstance(data, Mapping) else None
+        if isinstance(schema, bool) or schema != SCHEMA:
+            found = repr(schema)[:80] if isinstance(data, Mapping) else f"a {type(data).__name__}"
             raise ArgumentError(
                 f"not a nettrim report that this version can read: expected a dictionary with schema {SCHEMA}, "
                 f"found {found}; use what Report.to_dict or Report.to_json wrote"
             )
         body = {key: value for key, value in data.items() if key != "schema"}
         try:
-            _check_keys(cls, body)
-            body["layers"] = tuple(_read(LayerReport, layer) for layer in body["layers"])
-            body["certificate"] = _read(Certificate, body["certificate"])
-            return _read(cls, body)
+            report: Self = reading.read(cls, body)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"not a whole nettrim report ({error}); use what Report.to_dict or Report.to_json wrote"
             ) from error
+        return report
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the report as JSON to `path`, if one is given, and return the text.
@@ -219,10 +222,10 @@ class Report:
         OSError
             `path` cannot be read.
         """
+        data = reading.load_json(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.from_dict(data)
-        except ValueError as error:  # not UTF-8, not JSON, or from from_dict
+        except ArgumentError as error:
             raise ArgumentError(f"{os.fspath(path)}: {error}") from error
 
     def to_frame(self) -> "pandas.DataFrame":
@@ -313,28 +316,3 @@ def _plain_name(value: object) -> str:
     named = value if hasattr(value, "__qualname__") else type(value)
     shown = str(value)
     return f"{named.__module__}.{named.__qualname__}" if named is value or " at 0x" in shown else shown
-
-
-def _check_keys(cls: type, data: Mapping[str, Any]) -> None:
-    expected = {field.name for field in dataclasses.fields(cls)}
-    if set(data) != expected:
-        raise ValueError(f"{cls.__name__} has the keys {sorted(expected)}, found {sorted(data)}")
-
-
-def _read(cls: type, data: Mapping[str, Any]) -> Any:
-    """Build the dataclass `cls` from `data`; keys must match, floats may be strings, tuples come as lists."""
-    _check_keys(cls, data)
-    values = dict(data)
-    for name, kind in ((field.name, field.type) for field in dataclasses.fields(cls)):
-        if kind is float or (kind == float | None and values[name] is not None):
-            values[name] = float(values[name])
-        elif kind == tuple[int, int]:
-            values[name] = tuple(values[name])
-        elif kind == tuple[HistoryPoint, ...]:
-            values[name] = tuple(_read_point(*point) for point in values[name])
-    return cls(**values)
-
-
-
-def _read_point(iteration: int, seconds: float | str, objective: float | str, lower_bound: float | str) -> HistoryPoint:
-    return HistoryPoint(int(iteration), float(seconds), float(objective), float(lower_bound))

@@ -54,7 +54,7 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
     if solution.status not in ("optimal", "feasible"):
         return Stored(solution, math.inf, math.nan, _explain(solution, budget))
     if budget.promise is None:
-        return _store_as_is(module, layer, solution)
+        return _store_as_is(module, layer, budget, solution)
     before = layers.as_matrix(module)
     lower_bound, program, discrepancy = solution.lower_bound, budget.program, math.inf
     promised = program.epsilon or 0.0
@@ -91,7 +91,7 @@ def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, s
     )
 
 
-def _store_as_is(module: nn.Module, layer: Layer, solution: Solution) -> Stored:
+def _store_as_is(module: nn.Module, layer: Layer, budget: Budget, solution: Solution) -> Stored:
     """Write a solution that promises what it leaves: ``√F`` of the stored weights, and what rounding can add to it when the layer is run."""
     before = layers.as_matrix(module)
     try:
@@ -103,7 +103,9 @@ def _store_as_is(module: nn.Module, layer: Layer, solution: Solution) -> Stored:
     epsilon = promised + rounding(module, promise.rows, promise.output_norm, promise.sums_norm)
     discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
     if discrepancy <= epsilon:
-        return Stored(solution, discrepancy, epsilon, None)
+        objective = budget.program.objective(layers.as_matrix(module).to(solution.weights))
+        rounded = dataclasses.replace(solution, objective=objective, gap=relative_gap(objective, solution.lower_bound))
+        return Stored(rounded, discrepancy, epsilon, None)
     layers.write_back(module, before)
     reason = f"the stored layer's discrepancy is {discrepancy:.9g}; expected at most {epsilon:.9g}: is the layer what it computes?"
     return Stored(_unstored(solution), math.inf, epsilon, reason)

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from networks import chain, train
 from torch import Tensor, nn
 
 # on networks this small a second thread only waits; and the same number everywhere makes sums the same, bit for bit
 torch.set_num_threads(1)
+
+# the suite's is short and tries the same examples each time; `pytest --hypothesis-profile=nightly tests/test_properties.py` is the long one
+settings.register_profile("suite", max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("nightly", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

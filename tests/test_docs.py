@@ -152,7 +152,7 @@ def test_names_exist(path):
 
 @by_file
 def test_arguments_exist(path):
-    callables = (nettrim.prune, nettrim.solve, nettrim.LayerProgram, nettrim.to_sparse, nettrim.Report.to_html)
+    callables = (nettrim.prune, nettrim.solve, nettrim.verify, nettrim.LayerProgram, nettrim.to_sparse, nettrim.Report.to_html)
     known = {name for function in callables for name in inspect.signature(function).parameters}
     for code in inline_code(path.read_text(encoding="utf-8")):
         found = re.match(r"([a-z_]+)=\S", code)

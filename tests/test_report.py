@@ -131,14 +131,15 @@ class TestRoundTrip:
         ("damage", "words"),
         [
             (lambda data: data.pop("schema"), "schema 2, found None"),
-            (lambda data: data.update(schema=1), "found 1"),
+            (lambda data: data.update(schema=3), "found 3"),
             (lambda data: data.pop("layers"), "Report has the keys"),
             (lambda data: data["layers"][0].pop("gap"), "LayerReport has the keys"),
             (lambda data: data["certificate"].update(colour="red"), "Certificate has the keys"),
-            (lambda data: data["layers"][0].update(gap="wide"), "could not convert string to float"),
-            (lambda data: data["layers"][0].update(history=[[1, 2.0]]), "missing"),
-            (lambda data: data["layers"][0].update(history=[[1, 2.0, "wide", 1.0]]), "could not convert string to float"),
-            (lambda data: data.update(layers=3), "not iterable"),
+            (lambda data: data["layers"][0].update(gap="wide"), "gap is 'wide'; expected float"),
+            (lambda data: data.update(schema=1), "found 1"),
+            (lambda data: data["layers"][0].update(history=[[1, 2.0]]), "HistoryPoint is a list of 4"),
+            (lambda data: data["layers"][0].update(history=[[1, 2.0, "wide", 1.0]]), "'wide'; expected float"),
+            (lambda data: data.update(layers=3), "layers is 3; expected tuple"),
         ],
     )
     def test_refuses_what_is_no_report(self, damage, words, tmp_path):

@@ -1,0 +1,253 @@
+"""What a layer did in the dense and in the pruned network, measured by hooks, batch by batch; and its rows, where a bound needs them all.
+
+A layer is taken for a map that is linear but for its bias, whatever its type: a copy of the module in float64, run by the module's own forward,
+says what its weights make of an input in exact arithmetic, or nearly so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from nettrim import layers
+from nettrim.calibration import Run, run_batch
+from nettrim.capture import evaluation, tensors_in
+
+Array = np.ndarray
+_ROUNDING = 100.0  # units: a smaller difference of inputs is none (docs/method.md)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a layer: what it was given and what it gave, before anything else changed it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    @property
+    def input(self) -> Tensor:
+        return self.args[0] if self.args else self.kwargs["input"]
+
+    def through(self, module: nn.Module, dtype: torch.dtype | None = None, *, absolute: bool = False) -> Tensor:
+        """What the forward of ``module`` makes of the same input, in another dtype if one is given; hooks are not run."""
+
+        def convert(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                return leaf
+            leaf = leaf if dtype is None else leaf.to(dtype)
+            return leaf.abs() if absolute else leaf
+
+        args, kwargs = tree_map(convert, (self.args, self.kwargs))
+        return module.forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def listening(model: nn.Module, names: list[str]) -> Iterator[dict[str, Call]]:
+    """A dictionary that every forward pass fills anew with the calls of the layers ``names``."""
+    calls: dict[str, Call] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            args, kwargs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            calls[name] = Call(args, kwargs, output.detach().clone())
+
+        return hook
+
+    handles = []
+    try:
+        for name in names:
+            handles.append(model.get_submodule(name).register_forward_hook(hook_for(name), prepend=True, with_kwargs=True))
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Measured:
+    """Sums over a layer's rows, all in float64; the letters are those of docs/method.md.
+
+    Attributes
+    ----------
+    entries : int
+        P M.
+    target_square : float
+        ``‖Y‖²``.
+    difference : float
+        ``‖relu(output) − Y‖²`` of the stored layer, run in its own dtype.
+    dense_on, dense_off : float
+        ``Σ_Ω (v − y)²`` and ``Σ_{Ωᶜ} max(v, 0)²`` of the dense weights on the same inputs.
+    on, off : float
+        The same of the stored weights.
+    straight, leaning : float
+        ``‖A Wᵀ − T‖²``, in the layer's metric if it has one, of the stored weights for the targets ``T`` before the ReLU: the dense network's, or
+        leaning to the pruned stream (``repair``).
+    sums_square : float
+        ``‖|A| |W|ᵀ‖²``, of the larger of both weights entry by entry.
+    input_difference, input_square : float
+        ``‖Â − A‖²`` and ``‖A‖²``.
+    through, through_square : float
+        ``‖·‖²`` of the layer's output in the pruned network less that in the dense one, and of the latter, over all rows.
+    """
+
+    entries: int = 0
+    target_square: float = 0.0
+    difference: float = 0.0
+    dense_on: float = 0.0
+    dense_off: float = 0.0
+    on: float = 0.0
+    off: float = 0.0
+    straight: float = 0.0
+    leaning: float = 0.0
+    sums_square: float = 0.0
+    input_difference: float = 0.0
+    input_square: float = 0.0
+    through: float = 0.0
+    through_square: float = 0.0
+
+    def disturbed(self, eps: float) -> bool:
+        """Whether the inputs differ from the dense network's by more than rounding, ``eps`` being one unit of the dtype that they are kept in."""
+        return math.sqrt(self.input_difference) > _ROUNDING * eps * math.sqrt(self.input_square)
+
+
+@dataclass
+class Outputs:
+    """Sums over the network's outputs: ``‖dense − pruned‖²`` and ``‖dense‖²``."""
+
+    difference: float = 0.0
+    square: float = 0.0
+    comparable: bool = True
+
+    def add(self, dense: Any, pruned: Any) -> None:
+        ours, theirs = ([numbers(tensor) for tensor in tensors_in(output) if tensor.is_floating_point()] for output in (dense, pruned))
+        if [array.shape for array in ours] != [array.shape for array in theirs]:
+            self.comparable = False
+            return
+        for a, b in zip(ours, theirs, strict=True):
+            self.difference += float(np.square(a - b).sum())
+            self.square += float(np.square(a).sum())
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(self.difference) if self.comparable else math.inf
+
+    @property
+    def relative(self) -> float:
+        if self.square == 0:
+            return 0.0 if self.norm == 0 else math.inf
+        return self.norm / math.sqrt(self.square)
+
+
+def numbers(tensor: Tensor) -> Array:
+    """A tensor of any dtype, on any device, as float64."""
+    return tensor.detach().to("cpu").double().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPair:
+    """A layer of the report in both networks, and the sums over what is seen of it.
+
+    Attributes
+    ----------
+    name : str
+    dense, pruned : nn.Module
+    relu : bool
+    metric : Array or None, (M, M) or (M,)
+        What errors of its outputs cost at the network's, where its program was to heed that.
+    measured : Measured
+    """
+
+    name: str
+    dense: nn.Module
+    pruned: nn.Module
+    relu: bool
+    metric: Array | None = None
+    measured: Measured = field(default_factory=Measured)
+
+    def add(self, call: Call, seen: Call, repair: float, *, parallel: bool, keep: Array | None) -> None:
+        """Add one batch: the ``call`` in the dense network and that ``seen`` in the pruned one; ``keep`` says which of its rows count."""
+        found = self.measured
+        source = call if parallel else seen
+        if not parallel:
+            ours, theirs = (numbers(layers.input_rows(self.dense, one.input)) for one in (call, seen))
+            found.input_difference += _square(theirs - ours) if ours.shape == theirs.shape else math.inf
+            found.input_square += _square(ours)
+        # copies in float64, made anew for every batch: kept ones would hold the network three times
+        exact_dense, exact_pruned = _exact(self.dense), _exact(self.pruned)
+
+        def rows(output: Tensor) -> Array:
+            return numbers(output) if keep is None else numbers(layers.output_rows(self.dense, output))[keep]
+
+        whole = [np.maximum(numbers(one.output), 0.0) if self.relu else numbers(one.output) for one in (call, seen)]
+        found.through += _square(whole[1] - whole[0]) if whole[0].shape == whole[1].shape else math.inf
+        found.through_square += _square(whole[0])
+        before, output = rows(call.output), rows(source.through(self.pruned) if parallel else seen.output)
+        V, Z = rows(source.through(exact_dense, torch.float64)), rows(source.through(exact_pruned, torch.float64))
+        Y = np.maximum(before, 0.0) if self.relu else before
+        found.entries += Y.size
+        found.target_square += _square(Y)
+        found.difference += _square((np.maximum(output, 0.0) if self.relu else output) - Y)
+        on, off = split_misfit(V, Y, self.relu)
+        found.dense_on, found.dense_off = found.dense_on + on, found.dense_off + off
+        on, off = split_misfit(Z, Y, self.relu)
+        found.on, found.off = found.on + on, found.off + off
+        if self.metric is not None:
+            before, V, Z = (numbers(layers.output_rows(self.dense, torch.from_numpy(array))) if keep is None else array for array in (before, V, Z))
+        found.straight += self._weighed(Z - before)
+        found.leaning += self._weighed(Z - (repair * before + (1 - repair) * V))
+        found.sums_square += _square(rows(source.through(_larger(exact_dense, exact_pruned), torch.float64, absolute=True)))
+
+    def _weighed(self, D: Array) -> float:
+        """``Σ_p d_pᵀ S d_p`` of rows (P, M); ``‖D‖²`` without a metric."""
+        if self.metric is None:
+            return _square(D)
+        return float(((D * self.metric if self.metric.ndim == 1 else D @ self.metric) * D).sum())
+
+
+def _larger(dense: nn.Module, pruned: nn.Module) -> nn.Module:
+    """The first, changed to hold the larger of both sizes of every weight."""
+    others = dict(pruned.named_parameters())
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            parameter.copy_(torch.maximum(parameter.abs(), others[name].abs()))
+    return dense
+
+
+def split_misfit(Z: Array, Y: Array, relu: bool) -> tuple[float, float]:
+    """``Σ_Ω (z − y)²`` and ``Σ_{Ωᶜ} max(z, 0)²``, Ω being everything without a ReLU."""
+    if not relu:
+        return _square(Z - Y), 0.0
+    return _square((Z - Y)[Y > 0]), _square(np.maximum(Z[~(Y > 0)], 0.0))
+
+
+def _exact(module: nn.Module) -> nn.Module:
+    made = copy.deepcopy(module).double()
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(made, kind).clear()
+    return made
+
+
+def _square(array: Array) -> float:
+    return float(np.square(array).sum())
+
+
+def pass_over(
+    dense: nn.Module, pruned: nn.Module, names: list[str], batches: list[Any], run: Run
+) -> Iterator[tuple[dict[str, Call], dict[str, Call], Any, Any]]:
+    """Both networks over every batch: the calls of the layers ``names`` in each, and both outputs."""
+    with evaluation(dense), evaluation(pruned), listening(dense, names) as ours, listening(pruned, names) as theirs:
+        for index, batch in enumerate(batches):
+            ours.clear()
+            theirs.clear()
+            outputs = [run_batch(model, batch, index, run) for model in (dense, pruned)]
+            yield dict(ours), dict(theirs), *outputs
