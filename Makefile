@@ -14,11 +14,12 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c '$(RECENT)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help demo test lint docs bench-mnist clean distclean
+.PHONY: help demo test soak lint docs bench-mnist clean distclean
 
 help:
 	@echo "make demo         train a small network on handwritten digits, prune it, print the certificate"
 	@echo "make test         ruff, mypy and the tests with coverage"
+	@echo "make soak         crashes, exceptions, malformed files, certificates and load by the thousand: up to half an hour"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make docs         the documentation site, in docs/_build/html"
 	@echo "make bench-mnist  the papers' protocol on MNIST (BENCH_FLAGS=--quick for a minute's worth)"
@@ -30,6 +31,10 @@ demo: $(VENV)/.installed-demo
 # One BLAS thread a worker: the workers already fill the cores, and more threads than cores slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term $(PYTEST_FLAGS)
+
+# the long form of the tests of crashes, faults, files, certificates and load: up to half an hour
+soak: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(SOAK_FLAGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

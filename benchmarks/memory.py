@@ -11,7 +11,7 @@ _STATM = Path("/proc/self/statm")
 _INTERVAL = 0.002  # seconds
 
 
-def _anonymous() -> int:
+def anonymous_bytes() -> int:
     """Bytes of the process's own pages; pages of mapped files, which the system can take back, are not counted."""
     resident, shared = _STATM.read_text().split()[1:3]
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
@@ -33,7 +33,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.wait(_INTERVAL):
-            self._peak = max(self._peak, _anonymous())
+            self._peak = max(self._peak, anonymous_bytes())
 
     def __enter__(self) -> "PeakMemory":
         if not _STATM.exists():
@@ -42,7 +42,7 @@ class PeakMemory:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: gives freed memory back, so that it is counted anew
         if trim is not None:
             trim(0)
-        self._before = self._peak = _anonymous()
+        self._before = self._peak = anonymous_bytes()
         self._thread.start()
         return self
 
@@ -50,4 +50,4 @@ class PeakMemory:
         if self._before:
             self._stop.set()
             self._thread.join()
-            self.extra = max(self._peak, _anonymous()) - self._before
+            self.extra = max(self._peak, anonymous_bytes()) - self._before

@@ -5,6 +5,7 @@ from nettrim.compression import CompressedSize, load_compressed, save_compressed
 from nettrim.errors import (
     ArgumentError,
     CalibrationError,
+    CheckpointError,
     ConvergenceError,
     FormatError,
     InfeasibleError,
@@ -32,6 +33,7 @@ __all__ = [
     "CalibrationError",
     "Certificate",
     "Check",
+    "CheckpointError",
     "CompressedSize",
     "ConvergenceError",
     "FormatError",

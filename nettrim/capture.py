@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
+from nettrim.sharing import turn
 
 
 class _Stop(BaseException):
@@ -30,8 +31,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     Every submodule's own training flag is put back on exit, also after an exception, and so are buffers that the forward pass changes
     (counters, caches). The flags are set directly:
     `model.eval()` may be overridden and change more than flags. The fused kernels of nn.TransformerEncoder and
-    nn.MultiheadAttention are off meanwhile: they bypass the forward of the layers that they hold.
+    nn.MultiheadAttention are off meanwhile: they bypass the forward of the layers that they hold. Threads that do so take
+    turns; hooks are put on the model inside, where no other thread runs it.
     """
+    with turn(), _evaluation(model):
+        yield
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -100,10 +108,10 @@ def rows(
         raise _Stop
 
     pieces = []
-    # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
-    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-    try:
-        with evaluation(model):
+    with evaluation(model):
+        # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        try:
             for index, batch in enumerate(batches):
                 seen.clear()
                 try:
@@ -118,8 +126,8 @@ def rows(
                 for what, values in zip(("input", "output"), seen[0], strict=True):
                     _require_finite(values, f"the {what} of layer {name!r}", index)
                 pieces.append(seen[0])
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
     return torch.cat([a for a, _ in pieces]), torch.cat([z for _, z in pieces])
 
 

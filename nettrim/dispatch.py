@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 
 from torch import Tensor
 
+from nettrim import sharing
 from nettrim.budgets import Budget, Layer
 from nettrim.errors import NetTrimError
 from nettrim.options import Options
@@ -20,31 +21,46 @@ _FLOOR = 0.1  # of the mean weight: what keeps a zero from staying one for ever
 
 
 def solutions(
-    chosen: list[TracedLayer],
+    chosen: Iterable[TracedLayer],
     prepare: Callable[[TracedLayer], tuple[Layer, Budget]],
     options: Options,
     executor: Executor | None,
 ) -> Generator[tuple[Layer, Budget, Solution], None, None]:
-    """Each layer with its solution, in execution order; one at a time, or all through the executor."""
+    """Each layer with its solution: one at a time in execution order, or all through the executor, each as soon as it is solved."""
     if executor is None:
         for layer in chosen:
             seen, budget = prepare(layer)
             yield seen, *_solve(budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight)
         return
-    waiting: list[tuple[Layer, Budget, Future[tuple[Budget, Solution]]]] = []
+    waiting: dict[Future[tuple[Budget, Solution]], Layer] = {}
     try:
         for layer in chosen:
             seen, budget = prepare(layer)
             with _blaming_executor(seen):
                 future = executor.submit(_solve, budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight)
-            waiting.append((seen, budget, future))
-        for seen, _, future in waiting:
-            with _blaming_executor(seen):
-                budget, solution = future.result()
-            yield seen, budget, solution
+            waiting[future] = seen
+            yield from _done(waiting, timeout=0)
+        while waiting:
+            yield from _done(waiting, timeout=None)
     finally:
-        for _, _, future in waiting:
+        for future in waiting:
             future.cancel()
+
+
+def _done(
+    waiting: dict[Future[tuple[Budget, Solution]], Layer], timeout: float | None
+) -> Iterator[tuple[Layer, Budget, Solution]]:
+    """Those that are solved, before one that failed; they are waited for no more, nor held in memory."""
+    done = wait(waiting, timeout, FIRST_COMPLETED).done
+    for future in sorted((future for future in waiting if future in done), key=_failed):
+        seen = waiting.pop(future)
+        with _blaming_executor(seen):
+            budget, solution = future.result()
+        yield seen, budget, solution
+
+
+def _failed(future: Future[tuple[Budget, Solution]]) -> bool:
+    return future.cancelled() or future.exception() is not None
 
 
 @contextlib.contextmanager
@@ -64,6 +80,7 @@ def _solve(
     budget: Budget, dense: Tensor, solver: str, tol: float, max_iter: int | None, reweight: int
 ) -> tuple[Budget, Solution]:
     """The solution, and the budget with the program that it is one of: the last round's where the ℓ1 norm is reweighted."""
+    sharing.thread_count()  # a thread that is new to torch takes the process's number before anything is summed
     first = budget.program
     solution = solve(first, solver, tol=tol, max_iter=max_iter, initial=dense)
     for _ in range(reweight):

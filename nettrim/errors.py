@@ -35,3 +35,7 @@ class MaskError(NetTrimError):
 
 class FormatError(ArgumentError):
     """A file is not what its format says: another kind of file, damaged, or cut off."""
+
+
+class CheckpointError(NetTrimError):
+    """A checkpoint folder cannot be used: another call works there, it holds another run, or it cannot be read or written."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nettrim.errors import ArgumentError
+from nettrim.sharing import turn
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROWS_PER_CHUNK = 4096
@@ -183,7 +184,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         The model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        with turn():  # without the hooks and flags of a thread that is running it
+            return copy.deepcopy(model)
     except Exception as error:
         raise ArgumentError(
             f"the model cannot be copied ({type(error).__name__}: {error}); expected a module that copy.deepcopy takes: "

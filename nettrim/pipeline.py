@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ from nettrim import calibration as calibrations
 from nettrim import capture, dispatch, layers, selection
 from nettrim.accumulation import accumulated
 from nettrim.budgets import Budget, Layer
-from nettrim.certificate import Promise, certify, make_promise, network_bound, stored_discrepancy
+from nettrim.certificate import certify, make_promise, network_bound, stored_discrepancy
+from nettrim.checkpoints import Checkpoint, Record
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError, RouteError
-from nettrim.goals import Measured, set_goals
+from nettrim.goals import Goals, Measured, set_goals
 from nettrim.options import Options
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
@@ -64,6 +65,7 @@ class Task:
     device: torch.device | str | None
     progress: bool | Callable[[ProgressEvent], None] | None
     executor: Executor | None
+    checkpoint: Checkpoint | None = None
     measured: Measured = dataclasses.field(default_factory=Measured)
 
 
@@ -71,8 +73,9 @@ def execute(task: Task, options: Options) -> PruneResult:
     """Prune a copy of the task's model, once, and certify it; the errors are those of :func:`nettrim.prune`."""
     start = time.perf_counter()
     model, run, traced, solve_on, keep_out, device = task.model, task.run, task.trace, task.solve_on, task.keep_out, task.device
+    kept = None if task.checkpoint is None else task.checkpoint.execution(options)
     names, skipped = selection.select(model, traced, task.targets, task.ignore)
-    goals = set_goals(model, traced, names, skipped, options, solve_on, run, device, task.measured)
+    goals = _goals(task, names, skipped, options)
     chosen = [layer for layer in traced.layers if layer.name in goals.names]
     last = traced.layers[-1].name
     if options.kappa != 1 and last not in goals.names:
@@ -83,8 +86,9 @@ def execute(task: Task, options: Options) -> PruneResult:
     dense_outputs = [capture.outputs(model, part, run) for part in (solve_on, keep_out) if part]
     pruned = layers.copy_of(model)
     dropped_rows = False
-    reports: list[LayerReport] = []
-    promises: dict[str, Promise] = {}
+    records: dict[str, Record] = {}
+    resumed_seconds = 0.0
+    last_done = time.perf_counter()
 
     def prepare(layer: TracedLayer) -> tuple[Layer, Budget]:
         nonlocal dropped_rows
@@ -103,22 +107,41 @@ def execute(task: Task, options: Options) -> PruneResult:
             return None
         return _share(stored_discrepancy(module, rows.inputs, rows.targets, rows.activation), rows.targets)
 
-    def finish(seen: Layer, budget: Budget, solution: Solution) -> str:
+    def finish(seen: Layer, budget: Budget, solution: Solution) -> None:
+        nonlocal last_done
         stored = store(pruned.get_submodule(seen.name), seen, budget, solution, options.solver, options.tol, options.max_iter)
-        if stored.failure is not None:
-            if options.on_failure == "raise":
-                raise _failure(seen.name, stored)
-            skipped[seen.name] = f"kept dense: {stored.failure}"
-            return stored.solution.status
+        if stored.failure is not None and options.on_failure == "raise":
+            raise _failure(seen.name, stored)
+        seconds, last_done = time.perf_counter() - last_done, time.perf_counter()
         module = pruned.get_submodule(seen.name)
-        reports.append(_layer_report(module, seen, stored, held_out(seen.name, module)))
-        promises[seen.name] = make_promise(module, seen.inputs, seen.targets, seen.dense, stored.promise, budget.inflation)
-        return stored.solution.status
+        left_out = held_out(seen.name, module) if stored.failure is None else None
+        records[seen.name] = _record(module, seen, budget, stored, seconds, dropped_rows, left_out)
+        if kept is not None:
+            kept.save(seen.name, records[seen.name], None if stored.failure is not None else layers.as_matrix(module))
 
-    solutions = dispatch.solutions(chosen, prepare, options, task.executor)
-    with Progress(task.progress, len(chosen)) as report_progress, contextlib.closing(solutions) as solved:
-        for seen, budget, solution in solved:
-            report_progress(seen.name, finish(seen, budget, solution))
+    def unsolved(report_progress: Callable[[str, str], None]) -> Iterator[TracedLayer]:
+        nonlocal dropped_rows, resumed_seconds
+        for layer in chosen:
+            there = None if kept is None else kept.load(layer.name)
+            if there is None:
+                yield layer
+                continue
+            record, matrix = there
+            if matrix is not None:
+                layers.write_back(pruned.get_submodule(layer.name), matrix)
+            dropped_rows, resumed_seconds = dropped_rows or record.dropped_rows, resumed_seconds + record.seconds
+            records[layer.name] = record
+            report_progress(layer.name, record.status)
+
+    with Progress(task.progress, len(chosen)) as report_progress:
+        with contextlib.closing(dispatch.solutions(unsolved(report_progress), prepare, options, task.executor)) as solved:
+            for seen, budget, solution in solved:
+                finish(seen, budget, solution)
+                report_progress(seen.name, records[seen.name].status)
+    done = [(layer.name, records[layer.name]) for layer in chosen]  # those of an executor came in any order
+    skipped |= {name: f"kept dense: {record.kept_dense}" for name, record in done if record.kept_dense is not None}
+    reports = [record.report for _, record in done if record.report is not None]
+    promises = {name: record.promise for name, record in done if record.promise is not None}
     if dropped_rows or options.mode == "parallel":  # elsewhere a layer's own discrepancy is all there is
         through = accumulated(model, pruned, {r.name: r.activation for r in reports}, solve_on, run)
         reports = [dataclasses.replace(r, accumulated=through[r.name]) for r in reports]
@@ -132,12 +155,24 @@ def execute(task: Task, options: Options) -> PruneResult:
         certificate=certify(tuple(reports), outputs[0], outputs[1] if keep_out else None, guaranteed, why_not),
         options=options.describe(),
         density=sum(r.nonzeros for r in reports) / entries if entries else 1.0,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start + resumed_seconds,
     )
     masks = {
         f"{r.name}.weight".lstrip("."): pruned.get_submodule(r.name).get_parameter("weight").detach() != 0 for r in reports
     }
     return PruneResult(pruned, masks, report)
+
+
+def _goals(task: Task, names: list[str], skipped: dict[str, str], options: Options) -> Goals:
+    """The goals of the layers, with what is measured for them kept for the calls after this one."""
+    unknown = not task.measured.metrics
+    if task.checkpoint is not None and unknown:
+        task.checkpoint.load_measured(task.measured)
+        unknown = not task.measured.metrics
+    goals = set_goals(task.model, task.trace, names, skipped, options, task.solve_on, task.run, task.device, task.measured)
+    if task.checkpoint is not None and unknown and task.measured.metrics:
+        task.checkpoint.save_measured(task.measured)
+    return goals
 
 
 def _observe(
@@ -185,6 +220,14 @@ def _share(discrepancy: float, targets: Tensor) -> float:
     """A discrepancy relative to the norm of the targets (P, M)."""
     norm = float(targets.double().norm())
     return discrepancy / norm if norm > 0 else 0.0 if discrepancy == 0 else math.inf
+
+
+def _record(module: nn.Module, seen: Layer, budget: Budget, stored: Stored, seconds: float, dropped_rows: bool, holdout: float | None) -> Record:
+    status = stored.solution.status
+    if stored.failure is not None:
+        return Record(status, seconds, dropped_rows, None, None, stored.failure)
+    promise = make_promise(module, seen.inputs, seen.targets, seen.dense, stored.promise, budget.inflation)
+    return Record(status, seconds, dropped_rows, _layer_report(module, seen, stored, holdout), promise, None)
 
 
 def _layer_report(module: nn.Module, seen: Layer, stored: Stored, holdout: float | None) -> LayerReport:

@@ -49,7 +49,10 @@ class Progress:
         if progress is True:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total, desc="nettrim", unit="layer")
+            class Bar(tqdm):
+                monitor_interval = 0  # its watching thread would outlive the call
+
+            self._bar = Bar(total=total, desc="nettrim", unit="layer")
 
     def __enter__(self) -> Callable[[str, str], None]:
         return self._advance

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import Any
@@ -11,12 +13,14 @@ import torch
 from torch import nn
 
 from nettrim import calibration as calibrations
-from nettrim import digests, layers, trials
+from nettrim import checkpoints, digests, fingerprints, layers, selection, trials
 from nettrim.errors import ArgumentError
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
 from nettrim.progress import ProgressEvent
+from nettrim.safeguard import Before
 from nettrim.selection import Pattern
+from nettrim.sharing import turn
 from nettrim.tracing import trace
 
 __all__ = ["ProgressEvent", "PruneResult", "prune"]
@@ -55,6 +59,7 @@ def prune(
     inplace: bool = False,
     progress: bool | Callable[[ProgressEvent], None] | None = None,
     executor: Executor | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     on_failure: str = "raise",
 ) -> PruneResult:
     """Prune a trained network by one convex program a layer, and certify the result.
@@ -133,6 +138,10 @@ def prune(
     executor : concurrent.futures.Executor, optional
         Parallel mode: the layers' programs are solved through it. The weights are those of a serial run, bit for bit, where its workers run
         torch with as many threads.
+    checkpoint_dir : path, optional
+        A folder that remembers every layer as soon as it is solved: the same call, made again after it was cut off, goes on there, and ends with the
+        same weights, bit for bit. ``report.options["checkpoint"]`` says how many layers were taken from it. A folder of another model, calibration
+        set, options or version is refused, and so is a second call at the same time. Remove it when it is no longer wanted.
     on_failure : {"raise", "keep_dense"}
         What happens to a layer whose program is infeasible or not solved; nothing infeasible is ever written.
 
@@ -146,6 +155,8 @@ def prune(
         An argument is not as described; CalibrationError if it is the calibration data.
     InfeasibleError, ConvergenceError
         A layer's program has no solution, or none was found, with ``on_failure="raise"``.
+    CheckpointError
+        ``checkpoint_dir`` is in use, of another run, or cannot be read or written.
 
     Notes
     -----
@@ -168,25 +179,38 @@ def prune(
         raise ArgumentError(f"executor is a {type(executor).__name__}; expected a concurrent.futures.Executor")
     if executor is not None and mode != "parallel":
         raise ArgumentError("executor was given with mode='cascade', where each layer waits for the one before; use mode='parallel'")
+    if targets is not None:
+        targets = selection.listed(targets, "targets")
+    ignore = selection.listed(ignore, "ignore")
     run = calibrations.runner(forward_fn)
-    batches = calibrations.batches(calibration)
-    solve_on, keep_out = calibrations.split(batches, holdout, seed)
-    task = Task(model, solve_on, keep_out, run, trace(model, solve_on, run), targets, ignore, device, progress, executor)
-    result = trials.execute(task, options)
-    result = dataclasses.replace(result, report=digests.sign(result.report, model, result.model, batches))
-    if not inplace:
-        return result
-    _transfer(result.model, model, [layer.name for layer in result.report.layers])
-    return PruneResult(model, result.masks, result.report)
-
-
-def _transfer(source: nn.Module, target: nn.Module, names: list[str]) -> None:
-    """Write the layers ``names`` of one network into another: all of them, or (after any exception) none."""
-    before = [(target.get_submodule(name), layers.as_matrix(target.get_submodule(name))) for name in names]
+    found = calibrations.batches(calibration)
+    solve_on, keep_out = calibrations.split(found, holdout, seed)
+    before = Before(model)
     try:
-        for name in names:
-            layers.write_back(target.get_submodule(name), layers.as_matrix(source.get_submodule(name)))
+        traced = trace(model, solve_on, run)
+        with contextlib.ExitStack() as stack:
+            checkpoint = None
+            if checkpoint_dir is not None:
+                fingerprint = fingerprints.of_run(model, found, options, targets=targets, ignore=ignore, forward_fn=forward_fn, device=device)
+                checkpoint = stack.enter_context(checkpoints.opened(checkpoint_dir, fingerprint))
+            result = trials.execute(Task(model, solve_on, keep_out, run, traced, targets, ignore, device, progress, executor, checkpoint), options)
+        before.check_weights()
+        if checkpoint is not None:
+            noted = {**result.report.options, "checkpoint": checkpoint.summary()}
+            result = dataclasses.replace(result, report=dataclasses.replace(result.report, options=noted))
+        result = dataclasses.replace(result, report=digests.sign(result.report, model, result.model, found))
+        if inplace:
+            before.keep_weights([model.get_submodule(layer.name) for layer in result.report.layers])
+            result = _transfer(result, model)
+        return result
     except BaseException:
-        for module, matrix in before:
-            layers.write_back(module, matrix)
+        before.put_back()
         raise
+
+
+def _transfer(result: PruneResult, model: nn.Module) -> PruneResult:
+    """The result in the model itself."""
+    with turn():
+        for layer in result.report.layers:
+            layers.write_back(model.get_submodule(layer.name), layers.as_matrix(result.model.get_submodule(layer.name)))
+    return PruneResult(model, result.masks, result.report)

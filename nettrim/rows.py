@@ -5,7 +5,6 @@ A chunk is what a computation over P rows may hold at a time, so that P never de
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nettrim import sharing
 from nettrim.errors import ArgumentError
 
 CHUNK_ELEMENTS = 1_000_000
@@ -25,8 +25,7 @@ Stream = Callable[[], Iterable[Any]]
 def _floating(value: object, name: str) -> Tensor:
     """A tensor over the same memory where that is possible, in float32 or float64."""
     if isinstance(value, np.ndarray):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the array cannot be written: nothing here writes
+        with sharing.quiet(UserWarning):  # that the array cannot be written: nothing here writes
             value = torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
         raise ArgumentError(f"{name} is a {type(value).__name__}; expected a torch tensor or a numpy array")

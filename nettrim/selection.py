@@ -54,8 +54,8 @@ def select(
     traced = {layer.name: layer for layer in trace.layers}
     modules = dict(model.named_modules())  # a model's own parameters are skipped under its type's name
     known = {name: modules.get(name, model) for name in (*traced, *trace.skipped)}
-    wanted = None if targets is None else _check(_listed(targets, "targets"), "targets", known)
-    unwanted = _check(_listed(ignore, "ignore"), "ignore", known)
+    wanted = None if targets is None else _check(listed(targets, "targets"), "targets", known)
+    unwanted = _check(listed(ignore, "ignore"), "ignore", known)
     chosen: list[str] = []
     skipped = dict(trace.skipped)
     for name, layer in traced.items():
@@ -73,7 +73,14 @@ def select(
     return chosen, skipped
 
 
-def _listed(patterns: Iterable[Pattern] | Pattern, argument: str) -> list[Pattern]:
+def listed(patterns: Iterable[Pattern] | Pattern, argument: str) -> list[Pattern]:
+    """Patterns as a list, which can be read more than once.
+
+    Raises
+    ------
+    ArgumentError
+        They are no patterns at all.
+    """
     if isinstance(patterns, (str, type)):
         return [patterns]
     if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module):

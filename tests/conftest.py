@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, settings
 from networks import chain, train
 from torch import Tensor, nn
 
+from nettrim import dispatch
+
 # on networks this small a second thread only waits; and the same number everywhere makes sums the same, bit for bit
 torch.set_num_threads(1)
 
@@ -31,3 +33,12 @@ def digits_network(digits: tuple[Tensor, Tensor]) -> tuple[nn.Sequential, Tensor
     model = train(chain(64, 32, 24, 10), images[:1200], labels[:1200], steps=150)
     assert isinstance(model, nn.Sequential)
     return model, images[:300], images[1200:], labels[1200:]
+
+
+@pytest.fixture
+def solves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with every layer that is given to a solver."""
+    given: list[int] = []
+    solve = dispatch._solve
+    monkeypatch.setattr(dispatch, "_solve", lambda *args: (given.append(1), solve(*args))[1])
+    return given

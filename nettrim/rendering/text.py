@@ -73,6 +73,11 @@ def _print(report: "Report", console: Console) -> None:
     keys = ("mode", "consistency" if report.options.get("epsilon") is not None else "pattern", "epsilon", "budget", "sparsity")
     shown += [f"{key} {report.options[key]}" for key in keys if report.options.get(key, defaults.get(key)) != defaults.get(key)]
     console.print(Text(", ".join([*shown, f"{number(report.seconds)} s"])))
+    checkpoint = report.options.get("checkpoint")
+    if isinstance(checkpoint, dict):
+        console.print(Text(f"checkpoint {checkpoint['folder']}: {checkpoint['resumed']} layers taken from it, {checkpoint['solved']} solved"))
+        for note in checkpoint["notes"]:
+            console.print(Text(f"checkpoint: {note}"))
     if report.layers:
         console.print(_layer_table(report.layers))  # this box has empty lines for its edges
     for name, reason in report.skipped.items():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nettrim import sharing
 from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
 
@@ -161,15 +162,11 @@ def threads_for(work: float) -> Iterator[None]:
 
     More gain little there, and where other processes want the cores too they wait for each other, a hundredfold.
     """
-    threads = torch.get_num_threads()
-    if work >= _ONE_THREAD_WORK or threads == 1:
+    if sharing.thread_count() == 1 or work >= _ONE_THREAD_WORK:
         yield
         return
-    torch.set_num_threads(1)
-    try:
+    with sharing.one_thread():
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def unit_scale(program: LayerProgram) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, np.ndarray]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nettrim import sharing
 from nettrim.programs import LayerProgram
 from nettrim.solvers.base import Solution, exact_zero, judge, unit_scale
 from nettrim.solvers.feasibility import restore_budget
@@ -44,8 +44,7 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     else:
         assert program.regularization is not None
         problem = cp.Problem(cp.Minimize(program.regularization / scale**2 * norm + 0.5 * cp.sum_squares(misfit)), constraints)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # inaccuracy is judged from the solution itself, below
+    with sharing.quiet(Warning):  # inaccuracy is judged from the solution itself, below
         try:
             problem.solve(solver=backend, **(_clarabel_options(tol, max_iter) if backend == "CLARABEL" else {}))
         except cp.error.SolverError:

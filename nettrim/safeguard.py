@@ -1,0 +1,86 @@
+"""A model as it was before a call: what is put back after a failure, whichever line it struck.
+
+Every stage undoes what it does to the model in a ``finally`` of its own. An interrupt can strike inside that ``finally`` too, and then the rest of
+it does not run: so the whole call keeps a second record, and goes by it once the exception has come up to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nettrim.errors import NetTrimError
+from nettrim.sharing import thread_count, turn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+class Before:
+    """A model's flags, hooks and buffers, and torch's switches, at the time that this is made.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its parameters are not copied until `keep_weights` says that they are about to change.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        with turn():
+            self._modules = [(module, module.training, [dict(getattr(module, kind)) for kind in _HOOKS]) for module in model.modules()]
+            self._buffers = [
+                (module, name, buffer, buffer.clone())
+                for module, _, _ in self._modules
+                for name, buffer in module.named_buffers(recurse=False)
+                if not is_lazy(buffer)
+            ]
+            self._parameters = [(name, value, value.requires_grad, value._version) for name, value in model.named_parameters()]
+            self._fused = torch.backends.mha.get_fastpath_enabled()
+        self._gradients, self._threads = torch.is_grad_enabled(), thread_count()
+        self._weights: list[tuple[Tensor, Tensor]] = []
+
+    def check_weights(self) -> None:
+        """Refuse to go on where the weights have changed meanwhile: some layers were then solved against others than those measured.
+
+        Raises
+        ------
+        NetTrimError
+        """
+        for name, parameter, _, version in self._parameters:
+            if parameter._version != version:
+                raise NetTrimError(
+                    f"parameter {name!r} changed while the model was pruned; expected nobody else to write into it: is it being trained, or "
+                    "pruned with inplace=True, in another thread? Prune a copy, or one after the other"
+                )
+
+    def keep_weights(self, modules: list[nn.Module]) -> None:
+        """Copy the parameters of these layers: they are about to be written into."""
+        self._weights = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters(recurse=False)]
+
+    def put_back(self) -> None:
+        """Make the model what it was."""
+        with turn(), torch.no_grad():
+            torch.backends.mha.set_fastpath_enabled(self._fused)
+            for parameter, value in self._weights:
+                parameter.copy_(value)
+            for _, parameter, wanted, _ in self._parameters:
+                parameter.requires_grad_(wanted)
+            for module, training, hooks in self._modules:
+                module.training = training
+                for kind, kept in zip(_HOOKS, hooks, strict=True):
+                    found = getattr(module, kind)
+                    if found.keys() != kept.keys():
+                        found.clear()
+                        found.update(kept)
+            for module, name, buffer, value in self._buffers:
+                buffer.copy_(value)
+                setattr(module, name, buffer)
+        torch.set_grad_enabled(self._gradients)
+        if thread_count() != self._threads:
+            torch.set_num_threads(self._threads)
