@@ -107,7 +107,8 @@ def prune(scenario: str, folder: Path | None) -> dict[str, Any]:
     finally:
         dispatch.solutions = solve
     certificate = dataclasses.asdict(result.report.certificate)
-    layers = [{**dataclasses.asdict(layer), "seconds": 0.0} for layer in result.report.layers]
+    timeless = (dataclasses.replace(layer, seconds=0.0, history=tuple(p._replace(seconds=0.0) for p in layer.history)) for layer in result.report.layers)
+    layers = [dataclasses.asdict(layer) for layer in timeless]
     return {
         "weights": {name: fingerprints.tensor_hash(value) for name, value in result.model.state_dict().items()},
         "masks": {name: fingerprints.tensor_hash(value) for name, value in result.masks.items()},
