@@ -107,8 +107,10 @@ def prune(scenario: str, folder: Path | None) -> dict[str, Any]:
     finally:
         dispatch.solutions = solve
     certificate = dataclasses.asdict(result.report.certificate)
-    timeless = (dataclasses.replace(layer, seconds=0.0, history=tuple(p._replace(seconds=0.0) for p in layer.history)) for layer in result.report.layers)
-    layers = [dataclasses.asdict(layer) for layer in timeless]
+    layers = []
+    for layer in result.report.layers:
+        history = tuple(point._replace(seconds=0.0) for point in layer.history)
+        layers.append(dataclasses.asdict(dataclasses.replace(layer, seconds=0.0, history=history)))
     return {
         "weights": {name: fingerprints.tensor_hash(value) for name, value in result.model.state_dict().items()},
         "masks": {name: fingerprints.tensor_hash(value) for name, value in result.masks.items()},

@@ -13,6 +13,7 @@ from nettrim.errors import (
     NetTrimError,
     UnsupportedProgramError,
 )
+from nettrim.folder import load, save
 from nettrim.masks import apply_masks, check_masks, remove_masks
 from nettrim.programs import LayerProgram
 from nettrim.prune import ProgressEvent, PruneResult, prune
@@ -55,9 +56,11 @@ __all__ = [
     "apply_masks",
     "bench",
     "check_masks",
+    "load",
     "load_compressed",
     "prune",
     "remove_masks",
+    "save",
     "save_compressed",
     "shrink",
     "solve",

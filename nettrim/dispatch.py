@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import Any
 
 from torch import Tensor
 
 from nettrim import sharing
 from nettrim.budgets import Budget, Layer
 from nettrim.errors import NetTrimError
+from nettrim.holding import quiet
 from nettrim.options import Options
 from nettrim.programs import LayerProgram
 from nettrim.solvers import Solution, solve
@@ -26,25 +28,39 @@ def solutions(
     options: Options,
     executor: Executor | None,
 ) -> Generator[tuple[Layer, Budget, Solution], None, None]:
-    """Each layer with its solution: one at a time in execution order, or all through the executor, each as soon as it is solved."""
-    if executor is None:
+    """Each layer with its solution: one at a time in execution order, or all through the executor, as soon as it is solved, wide ones in blocks."""
+    if executor is None or options.mode == "cascade":
         for layer in chosen:
             seen, budget = prepare(layer)
-            yield seen, *_solve(budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight)
+            yield seen, *_blocks(seen, budget, options, executor)
         return
     waiting: dict[Future[tuple[Budget, Solution]], Layer] = {}
+    wide: list[tuple[Layer, Budget]] = []
     try:
         for layer in chosen:
             seen, budget = prepare(layer)
-            with _blaming_executor(seen):
+            if options.neurons is not None and seen.dense.shape[0] > options.neurons:
+                wide.append((seen, budget))
+                continue
+            with _blaming_executor(seen), quiet():
                 future = executor.submit(_solve, budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight)
             waiting[future] = seen
             yield from _done(waiting, timeout=0)
+        for seen, budget in wide:  # their blocks queue behind the layers
+            yield seen, *_blocks(seen, budget, options, executor)
         while waiting:
             yield from _done(waiting, timeout=None)
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _blocks(seen: Layer, budget: Budget, options: Options, executor: Executor | None) -> tuple[Budget, Solution]:
+    """One layer solved from here: in this process, or its blocks of neurons through the executor."""
+    neurons = options.neurons if options.neurons is not None and options.neurons < seen.dense.shape[0] else None
+    spread = {} if neurons is None else {"neurons": neurons, "executor": executor}
+    with _blaming_executor(seen) if spread and executor is not None else contextlib.nullcontext():
+        return _solve(budget, seen.dense, options.solver, options.tol, options.max_iter, options.reweight, **spread)
 
 
 def _done(
@@ -77,17 +93,17 @@ def _blaming_executor(layer: Layer) -> Iterator[None]:
 
 
 def _solve(
-    budget: Budget, dense: Tensor, solver: str, tol: float, max_iter: int | None, reweight: int
+    budget: Budget, dense: Tensor, solver: str, tol: float, max_iter: int | None, reweight: int, **spread: Any
 ) -> tuple[Budget, Solution]:
     """The solution, and the budget with the program that it is one of: the last round's where the ℓ1 norm is reweighted."""
     sharing.thread_count()  # a thread that is new to torch takes the process's number before anything is summed
     first = budget.program
-    solution = solve(first, solver, tol=tol, max_iter=max_iter, initial=dense)
+    solution = solve(first, solver, tol=tol, max_iter=max_iter, initial=dense, **spread)
     for _ in range(reweight):
         if solution.status not in ("optimal", "feasible"):
             break
         program = reweighted(first, solution.weights)
-        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights)  # feasible already: the set is the same
+        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights, **spread)  # feasible already: the set is the same
         budget = dataclasses.replace(budget, program=program)
         solution = dataclasses.replace(again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds)
     return budget, solution

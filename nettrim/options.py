@@ -42,6 +42,7 @@ class Options:
     max_rows: int | None
     seed: int
     on_failure: str
+    neurons: int | None
 
     def check(self) -> None:
         """Refuse what is out of range before anything is run (``epsilon`` is checked against the layers it is for).
@@ -75,7 +76,7 @@ class Options:
         self._number("tol", lambda value: value > 0, "a number above 0")
         self._number("bias_weight", lambda value: value >= 0, "a number at least 0")
         self._number("holdout", lambda value: 0 <= value < 1, "a share in [0, 1), 0 to keep no sample out")
-        for name in ("max_rows", "max_iter"):
+        for name in ("max_rows", "max_iter", "neurons"):
             if getattr(self, name) is not None:
                 self._number(name, lambda value: isinstance(value, int) and value >= 1, "None or a whole number, at least 1")
         self._number("reweight", lambda value: isinstance(value, int) and value >= 0, "a whole number, 0 for the papers' objective")
@@ -83,6 +84,8 @@ class Options:
             for name, default in (("reweight", 0), ("bias_weight", 1.0), ("gamma", 1.1)):
                 if getattr(self, name) != default:
                     raise ArgumentError(f"{name}={getattr(self, name)!r} was given without epsilon; expected {default}: it belongs to budgets")
+        if self.neurons is not None:
+            self._check_neurons()
         self._number("seed", lambda value: isinstance(value, int), "a whole number")
         if self.kappa != 1 and (self.mode == "parallel" or isinstance(self.epsilon, Mapping)):
             where = "mode='parallel'" if self.mode == "parallel" else "a mapping of budgets"
@@ -96,6 +99,8 @@ class Options:
             return f"reweight={self.reweight}"
         if self.bias_weight != 1:
             return f"bias_weight={self.bias_weight}"
+        if self.neurons is not None:
+            return f"neurons={self.neurons}"
         return None if self.solver in ("auto", "topk_admm") else f"solver={self.solver!r}"
 
     def resolved(self) -> Options:
@@ -128,6 +133,20 @@ class Options:
             shares = list(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else [self.sparsity]
             if any(value != 1 - pattern.share for value in shares):
                 raise ArgumentError(f"sparsity={self.sparsity!r} with pattern={self.pattern!r}, which says {1 - pattern.share:g}; leave sparsity out")
+
+    def _check_neurons(self) -> None:
+        """Which programs come apart into blocks of neurons: :mod:`nettrim.solvers.blocks`."""
+        reason = None
+        if self.epsilon is not None:
+            if self.consistency == "paper":
+                reason = "the paper's inequalities are met to a share of a budget that all neurons have together"
+        elif self.pattern != "neuron" and parse(self.pattern).share is None:
+            reason = f"pattern={self.pattern!r} counts weights over all neurons"
+        elif self.pattern != "neuron" and self.fidelity != "layer":
+            reason = f"fidelity={self.fidelity!r} weighs the errors of all neurons together"
+        if reason is not None:
+            ways = "epsilon with penalty='l1', pattern='neuron', or 'n:m' with fidelity='layer'"
+            raise ArgumentError(f"neurons={self.neurons}: {reason}; leave it out, or ask for {ways}")
 
     def _number(self, name: str, good: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)

@@ -119,7 +119,7 @@ def execute(task: Task, options: Options) -> PruneResult:
         if kept is not None:
             kept.save(seen.name, records[seen.name], None if stored.failure is not None else layers.as_matrix(module))
 
-    def unsolved(report_progress: Callable[[str, str], None]) -> Iterator[TracedLayer]:
+    def unsolved(report_progress: Callable[[str, str, float], None]) -> Iterator[TracedLayer]:
         nonlocal dropped_rows, resumed_seconds
         for layer in chosen:
             there = None if kept is None else kept.load(layer.name)
@@ -131,13 +131,13 @@ def execute(task: Task, options: Options) -> PruneResult:
                 layers.write_back(pruned.get_submodule(layer.name), matrix)
             dropped_rows, resumed_seconds = dropped_rows or record.dropped_rows, resumed_seconds + record.seconds
             records[layer.name] = record
-            report_progress(layer.name, record.status)
+            report_progress(layer.name, record.status, _gap(record))
 
     with Progress(task.progress, len(chosen)) as report_progress:
         with contextlib.closing(dispatch.solutions(unsolved(report_progress), prepare, options, task.executor)) as solved:
             for seen, budget, solution in solved:
                 finish(seen, budget, solution)
-                report_progress(seen.name, records[seen.name].status)
+                report_progress(seen.name, records[seen.name].status, _gap(records[seen.name]))
     done = [(layer.name, records[layer.name]) for layer in chosen]  # those of an executor came in any order
     skipped |= {name: f"kept dense: {record.kept_dense}" for name, record in done if record.kept_dense is not None}
     reports = [record.report for _, record in done if record.report is not None]
@@ -220,6 +220,10 @@ def _share(discrepancy: float, targets: Tensor) -> float:
     """A discrepancy relative to the norm of the targets (P, M)."""
     norm = float(targets.double().norm())
     return discrepancy / norm if norm > 0 else 0.0 if discrepancy == 0 else math.inf
+
+
+def _gap(record: Record) -> float:
+    return math.inf if record.report is None else record.report.gap
 
 
 def _record(module: nn.Module, seen: Layer, budget: Budget, stored: Stored, seconds: float, dropped_rows: bool, holdout: float | None) -> Record:

@@ -23,16 +23,19 @@ class ProgressEvent:
         How many there are.
     status : str
         Of its solution.
+    gap : float
+        Of its solution, relative; infinite where there is none.
     """
 
     layer: str
     index: int
     total: int
     status: str
+    gap: float
 
 
 class Progress:
-    """Use as ``with Progress(progress, total) as done: done(name, status)``; ``progress`` is as for :func:`nettrim.prune`.
+    """Use as ``with Progress(progress, total) as done: done(name, status, gap)``; ``progress`` is as for :func:`nettrim.prune`.
 
     Raises
     ------
@@ -54,13 +57,13 @@ class Progress:
 
             self._bar = Bar(total=total, desc="nettrim", unit="layer")
 
-    def __enter__(self) -> Callable[[str, str], None]:
+    def __enter__(self) -> Callable[[str, str, float], None]:
         return self._advance
 
-    def _advance(self, name: str, status: str) -> None:
+    def _advance(self, name: str, status: str, gap: float) -> None:
         self._done += 1
         if self._callback is not None:
-            self._callback(ProgressEvent(name, self._done, self._total, status))
+            self._callback(ProgressEvent(name, self._done, self._total, status, gap))
         if self._bar is not None:
             self._bar.set_postfix_str(f"{name}: {status}")
             self._bar.update()

@@ -61,6 +61,7 @@ def prune(
     executor: Executor | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     on_failure: str = "raise",
+    neurons: int | None = None,
 ) -> PruneResult:
     """Prune a trained network by one convex program a layer, and certify the result.
 
@@ -106,7 +107,7 @@ def prune(
     penalty : {"auto", "l0", "l1"}
         With ``epsilon``: the fewest weights found that keep the budget, fitted to it, so that it is spent on zeros and not on shrinkage
         (``"l0"``); or the papers' objective, whose solution is proven to be close to its optimum (``"l1"``). ``"auto"`` is ``"l0"``, but ``"l1"``
-        with what only that has: ``consistency="paper"``, ``reweight``, ``bias_weight``, or a convex solver by name.
+        with what only that has: ``consistency="paper"``, ``reweight``, ``bias_weight``, ``neurons``, or a convex solver by name.
     reweight : int
         With ``epsilon`` and ``"l1"``: so many more rounds, each with weights ``1/(|w| + δ)`` from the one before in the ℓ1 norm (Candès, Wakin, Boyd,
         J. Fourier Anal. Appl. 2008): fewer weights within the same budget, every round convex, and proven for its own objective.
@@ -136,14 +137,17 @@ def prune(
     progress : True or callable(ProgressEvent), optional
         True shows a bar.
     executor : concurrent.futures.Executor, optional
-        Parallel mode: the layers' programs are solved through it. The weights are those of a serial run, bit for bit, where its workers run
-        torch with as many threads.
+        Where the layers' programs are solved in parallel mode, and the blocks of a layer with ``neurons`` in both. The weights are those of a
+        serial run, bit for bit, where its workers run torch with as many threads. With Dask: ``Client(...).get_executor()``.
     checkpoint_dir : path, optional
         A folder that remembers every layer as soon as it is solved: the same call, made again after it was cut off, goes on there, and ends with the
         same weights, bit for bit. ``report.options["checkpoint"]`` says how many layers were taken from it. A folder of another model, calibration
         set, options or version is refused, and so is a second call at the same time. Remove it when it is no longer wanted.
     on_failure : {"raise", "keep_dense"}
         What happens to a layer whose program is infeasible or not solved; nothing infeasible is ever written.
+    neurons : int, optional
+        Layers with more outputs are solved in blocks of at most so many, side by side where there is an ``executor``: budgets with the ℓ1 penalty and
+        the relaxed set, ``"neuron"``, and ``"n:m"`` with ``fidelity="layer"`` (docs/scaling.md says why not the others).
 
     Returns
     -------
@@ -166,7 +170,7 @@ def prune(
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     options = Options(
         epsilon, sparsity, budget, pattern, allocation, fidelity, repair, preserve_zeros, mode, gamma, kappa, consistency, penalty, reweight,
-        solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure,
+        solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure, neurons,
     )  # fmt: skip
     options.check()
     options = options.resolved()
@@ -177,8 +181,10 @@ def prune(
         raise ArgumentError(f"forward_fn={forward_fn!r}; expected a callable(model, batch)")
     if executor is not None and not hasattr(executor, "submit"):
         raise ArgumentError(f"executor is a {type(executor).__name__}; expected a concurrent.futures.Executor")
-    if executor is not None and mode != "parallel":
-        raise ArgumentError("executor was given with mode='cascade', where each layer waits for the one before; use mode='parallel'")
+    if executor is not None and mode != "parallel" and neurons is None:
+        raise ArgumentError(
+            "executor was given with mode='cascade', where each layer waits for the one before; use mode='parallel', or neurons= for blocks"
+        )
     if targets is not None:
         targets = selection.listed(targets, "targets")
     ignore = selection.listed(ignore, "ignore")

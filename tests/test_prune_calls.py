@@ -191,7 +191,7 @@ def test_a_failure_leaves_nothing_in_the_queue() -> None:
 def test_progress_comes_once_a_layer() -> None:
     events: list[ProgressEvent] = []
     result = prune(chain(8, 10, 6, 4), INPUTS, epsilon=0.2, progress=events.append)
-    assert events == [ProgressEvent(layer.name, index, 3, layer.status) for index, layer in enumerate(result.report.layers, 1)]
+    assert events == [ProgressEvent(layer.name, index, 3, layer.status, layer.gap) for index, layer in enumerate(result.report.layers, 1)]
 
 
 def test_progress_as_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

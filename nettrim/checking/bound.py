@@ -17,7 +17,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg
 
 from nettrim.checking.streams import Array
 
@@ -336,6 +335,8 @@ def _slope(w: Array, gradient: Array, omega: Array) -> Array:
 
 def _solve(H: Array, g: Array, shift: float) -> Array:
     """``H⁻¹ g`` of a positive semidefinite matrix, its diagonal raised by the share ``shift``, or as much as a factorisation needs."""
+    from scipy import linalg  # an eighth of a second, which who only prunes need not wait
+
     if not g.size:
         return g
     diagonal = np.sqrt(np.maximum(H.diagonal(), 1e-300))

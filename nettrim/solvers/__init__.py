@@ -127,7 +127,7 @@ def solve(
             f"solver={chosen.name!r} does not take a {program.description}: {reason}. These do: {', '.join(able)}"
         )
     if neurons is not None and neurons < program.shape[0]:
-        reason = blocks.refuses(program) if program.supports is None else "its weights are counted over all of them"
+        reason = blocks.refuses(program)
         if reason is not None:
             raise UnsupportedProgramError(f"neurons={neurons}: blocks of neurons don't do for a {program.description}: {reason}")
         return blocks.run(program, solve, solver, float(tol), max_iter, start, neurons, executor)

@@ -6,6 +6,9 @@ A budget joins the neurons. Its λ is sought from outside: the misfit grows with
     Σ ω|w| ≥ (b − ½ε²)/λ    for all weights with misfit ≤ ε²,  as  b ≤ λ Σ ω|w| + ½ misfit
 
 from the blocks' bounds ``b``, and every λ whose misfit is within the budget gives a feasible point. Both meet at the λ that spends the budget.
+
+Programs with a number of nonzeros are not convex, and no λ says how the number is to be divided. They separate where every neuron has its own:
+``n:m``, and a given support.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from concurrent.futures import Executor, Future
 import torch
 from torch import Tensor
 
+from nettrim.holding import hold, quiet
 from nettrim.programs import LayerProgram
 from nettrim.rows import Stream
 from nettrim.solvers.base import Best, Solution, judge
@@ -35,9 +39,23 @@ Solve = Callable[..., Solution]
 
 
 def refuses(program: LayerProgram) -> str | None:
+    """Why a program does not come apart into blocks of neurons, or None."""
+    if program.supports is not None and not _own_counts(program):
+        return "its weights are counted over all of them"
+    if program.metric is not None and program.metric.ndim == 2:
+        return "its metric weighs the errors of all neurons together"
     if program.one_sided and program.epsilon is not None:
         return "its inequalities are met to a share of the budget, which blocks of neurons don't know; give regularization=, or all neurons at once"
     return None
+
+
+def _own_counts(program: LayerProgram) -> bool:
+    """Whether every neuron has a number of nonzeros of its own: that of a pattern ``n:m``, or all of a given support."""
+    supports = program.supports
+    if supports is None or program.nonzeros is None:
+        return False
+    whole = supports.allowed is not None and supports.kept == int(supports.allowed[:, supports.counted].sum())
+    return whole or supports.pattern.kept_of is not None
 
 
 def run(
@@ -46,25 +64,28 @@ def run(
     """Solve for at most ``neurons`` neurons at a time with ``solve(program, name, tol=, max_iter=, initial=)``."""
     began = time.perf_counter()
     blocks = [slice(start, min(start + neurons, program.shape[0])) for start in range(0, program.shape[0], neurons)]
-    iterations = 0
+    iterations, held = 0, program if executor is None else hold(executor, program)
 
-    def at(level: float, tolerance: float, start: Tensor | None) -> tuple[Tensor, float]:
-        """Weights of the penalised program at λ, and the bound of all blocks together."""
+    def at(level: float | None, tolerance: float, start: Tensor | None) -> tuple[Tensor, float]:
+        """Weights of the penalised program at λ (None: with a number of nonzeros), and the bound of all blocks together."""
         nonlocal iterations
-        parts: list[Solution] = []
-        tasks = (
-            (_part(program, block, level), name, {"tol": tolerance, "max_iter": max_iter, "initial": None if start is None else start[block]})
-            for block in blocks
-        )
+        tasks = ((held, block, level, solve, name, tolerance, max_iter, None if start is None else start[block].clone()) for block in blocks)
         if executor is None:
-            parts = [solve(part, solver, **options) for part, solver, options in tasks]
+            parts = [_solve_part(*task) for task in tasks]
         else:
-            futures: list[Future[Solution]] = [executor.submit(solve, part, solver, **options) for part, solver, options in tasks]
-            parts = [future.result() for future in futures]
+            with quiet():
+                futures: list[Future[Solution]] = [executor.submit(_solve_part, *task) for task in tasks]
+            try:
+                parts = [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
         iterations += max(part.iterations for part in parts)
         return torch.cat([part.weights for part in parts]), sum(part.lower_bound for part in parts)
 
-    if program.regularization is not None:
+    if program.supports is not None:
+        W, bound = at(None, tol, initial)
+    elif program.regularization is not None:
         W, bound = at(program.regularization, tol, initial)
     else:
         W, bound = _budget(program, at, tol, initial)
@@ -141,16 +162,33 @@ def _between(program: LayerProgram, inside: Tensor, outside: Tensor) -> Tensor:
     return inside if end > 0 else torch.lerp(outside, inside, smallest_step(excess, max(excess(0.0), 0.0), end, margin))
 
 
-def _part(program: LayerProgram, block: slice, level: float) -> LayerProgram:
-    """The penalised program of a block of neurons."""
+def _solve_part(
+    program: LayerProgram, block: slice, level: float | None, solve: Solve, name: str, tol: float, max_iter: int | None, initial: Tensor | None
+) -> Solution:
+    """What a worker does: its block of the program that it holds."""
+    return solve(_part(program, block, level), name, tol=tol, max_iter=max_iter, initial=initial)
+
+
+def _part(program: LayerProgram, block: slice, level: float | None) -> LayerProgram:
+    """A block of neurons: their penalised program at λ, or (None) the one with their own numbers of nonzeros."""
     omega = program.l1_weights
     assert isinstance(omega, Tensor)
-    targets = program.targets
+    targets, supports = program.targets, program.supports
+    support = None if program.support is None else program.support[block]
+    nonzeros = None
+    if supports is not None and supports.pattern.kept_of is None:
+        assert support is not None
+        nonzeros = int(support[:, supports.counted].sum())
+    elif supports is not None:
+        nonzeros = supports.pattern.kept((block.stop - block.start, int(supports.counted.sum())), 0.0)
     return dataclasses.replace(
         program,
         targets=targets[:, block] if isinstance(targets, Tensor) else _columns(targets, block),
         upper=None if program.upper is None else program.upper[:, block],
         l1_weights=omega[block] if omega.ndim == 2 else omega,
+        metric=None if program.metric is None else program.metric[block],
+        support=support,
+        nonzeros=nonzeros,
         epsilon=None,
         regularization=level,
     )
