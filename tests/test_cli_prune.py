@@ -117,7 +117,7 @@ class TestPrune:
             assert result.exit_code == 0, result.output
         assert "2 layers taken from it, 0 solved" in result.stdout
         assert same_bits(weights_in(tmp_path / "two"), weights_in(out))
-        assert "checkpoint" not in (tmp_path / "two" / "recipe.yaml").read_text()
+        assert "checkpoint_dir" not in (tmp_path / "two" / "recipe.yaml").read_text()
         other = nettrim(*arguments, "--gamma", "1.2", "--checkpoint-dir", tmp_path / "kept", "--out", tmp_path / "three")
         assert "gamma" in one_line(other, 1)
 
