@@ -95,6 +95,18 @@ def test_budgets_of_almost_nothing_and_of_everything(epsilon: float, mode: str) 
         assert "layer '" in str(error) and same_bits(before, state_of(single))
 
 
+@pytest.mark.parametrize("activation", ("relu", None))
+@pytest.mark.parametrize("epsilon", (0.0, 1e-150))
+def test_the_fewest_weights_within_a_budget_of_nothing(epsilon: float, activation: str | None) -> None:
+    A = samples(30, 6).double()
+    W = torch.zeros(2, 6, dtype=torch.float64)
+    W[:, 2] = 1.0
+    Y = A @ W.T
+    program = LayerProgram(A, Y.clamp(min=0) if activation else Y, epsilon=epsilon, penalty="l0", activation=activation)
+    solution = nettrim.solve(program, initial=W)
+    assert (solution.status in ("optimal", "feasible")) == program.is_feasible(solution.weights)
+
+
 def test_an_overflow_of_float16_is_refused_by_name() -> None:
     """Two inputs that are the same: one weight does for both if it may be twice as large, which here is beyond float16."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False))

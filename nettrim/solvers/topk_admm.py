@@ -167,13 +167,13 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
 
     best: Fit | None = None
     low, high = 0, total
-    low_excess, high_excess = math.log(program.misfit(zero) / budget), max(math.log(max(all_weights, 1e-300) / budget), _LEAST_EXCESS)
+    low_excess, high_excess = _excess(program.misfit(zero), budget), max(_excess(all_weights, budget), _LEAST_EXCESS)
     size = max(1, round(0.2 * total))
     for _ in range(_SIZES):
         fit = _find(problem, dataclasses.replace(supports, kept=size), start, costs=True)
         if program.relu:
             fit = _settle(problem, fit, _ROUGH_RENEWALS)
-        excess = math.log(max(program.misfit(problem.true(fit.W)), 1e-300) / budget)
+        excess = _excess(program.misfit(problem.true(fit.W)), budget)
         start = fit.W
         if excess <= 0:
             high, high_excess, best = size, excess, fit
@@ -192,6 +192,11 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
         better = _settle(problem, fit, min(limit, _RENEWALS))
         fit = better if program.misfit(problem.true(better.W)) <= budget else fit
     return problem.true(_trim(problem, supports, fit, budget))
+
+
+def _excess(misfit: float, budget: float) -> float:
+    """The logarithm of their quotient, where either may be 0: a budget of nothing is one too."""
+    return math.log(max(misfit, 1e-300)) - math.log(max(budget, 1e-300))
 
 
 def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Tensor:
