@@ -159,9 +159,11 @@ def _lower_bound(
         good = None if stated <= most * (1 + slack) else False
         return decide(name, "lower_bound", good, stated, most, "the ℓ1 weights of the reweighting rounds are not kept; found: the objective")
     own = own_bound(stated * (1 - _PROVEN))
-    over = 0.0
-    if not (asked.consistency == "paper" and pair.relu):
+    over, one_sided = 0.0, asked.consistency == "paper" and pair.relu
+    if not one_sided:
         over = max(0.0, math.sqrt(found.on + found.off) - budget.program)  # rounding may take the stored weights out of the set
+    elif size_of(pair.pruned, found).noise > _ONE_SIDED * budget.program:
+        most = math.inf  # so far above z <= v that they say nothing
     most *= 1 + slack
     if over > 0:  # by how much the optimum is lower there only a good dual point can say
         most = most + 2 * own.slope * over if not isinstance(own, str) and own.lower > 0.5 * stated else math.inf
