@@ -68,7 +68,8 @@ def promise(layer: LayerReport, pair: LayerPair, asked: Asked, budget: Budget) -
         note = "what the stored weights leave, and what rounding may add"
     elif budget.inflation is not None:
         base = math.sqrt(found.dense_on + found.dense_off)
-        slack, note = budget.promise / base * of_norm(base, size.noise, size.entries) if base else 0.0, "what the dense weights leave, times √γ"
+        stretch = max(1.0, math.sqrt(budget.inflation))
+        slack, note = stretch * of_norm(base, size.noise, size.entries), "what the dense weights leave, times √γ"
     else:
         slack, note = budget.promise / target * of_norm(target, size.noise, size.entries) if target else 0.0, "the share asked for of ‖Y‖"
     yield compare(name, "epsilon", layer.epsilon, budget.promise, slack, note)
