@@ -107,6 +107,14 @@ def test_the_fewest_weights_within_a_budget_of_nothing(epsilon: float, activatio
     assert (solution.status in ("optimal", "feasible")) == program.is_feasible(solution.weights)
 
 
+@pytest.mark.parametrize("activation", ("relu", None))
+def test_inputs_whose_squares_float64_does_not_hold(activation: str | None) -> None:
+    A, Y = (torch.tensor([[value]], dtype=torch.float64) for value in (6.67e-316, 1e-4))
+    program = LayerProgram(A, Y, epsilon=1e-12, activation=activation)
+    solution = nettrim.solve(program)
+    assert (solution.status in ("optimal", "feasible")) == program.is_feasible(solution.weights)
+
+
 def test_an_overflow_of_float16_is_refused_by_name() -> None:
     """Two inputs that are the same: one weight does for both if it may be twice as large, which here is beyond float16."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False))

@@ -198,6 +198,8 @@ def _change_level(s: State, factor: float) -> None:
 
     It keeps within a range of its first value: while the iterates are far from the set, their misfit says nothing of λ.
     """
+    if not s.level > 0:  # inputs whose squares are none in the program's dtype: no level is better than another
+        return
     level = min(max(s.level * factor, s.first_level / _LEVEL_RANGE), s.first_level * _LEVEL_RANGE)
     factor = level / s.level
     s.level = level
