@@ -55,14 +55,26 @@ def test_a_real_interrupt() -> None:
     model = chain(8, 40, 40, 4)
     before, flags = state_of(model), [module.training for module in model.modules()]
     for delay in (0.01, 0.03, 0.06, 0.1):
-        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            timer.start()
-            while True:
-                prune(model, INPUTS, epsilon=0.05, inplace=False)
-        timer.join()
+        assert any(_interrupted(model, delay) for _ in range(20))
         assert same_bits(state_of(model), before) and [module.training for module in model.modules()] == flags
         assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
+
+
+def _interrupted(model: torch.nn.Module, delay: float) -> bool:
+    """Whether the interrupt came out of a call; Python itself drops one that strikes in a destructor."""
+    timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        timer.start()
+        while timer.is_alive():
+            prune(model, INPUTS, epsilon=0.05, inplace=False)
+        time.sleep(0.05)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, handler)
+    return False
 
 
 def test_a_worker_that_is_killed_while_it_solves() -> None:
