@@ -284,7 +284,9 @@ def test_ctrl_c_leaves_no_folder(data, tmp_path):
     )
     arguments = [sys.executable, "-m", "nettrim", "prune", "slow:make", "--calibration", data, "--epsilon", "0.1", "--out", "out"]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{tmp_path}"}
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # what the child is born with: a shell's background jobs ignore it
     process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, heard)
     assert process.stdout.readline() == "runs\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
