@@ -61,14 +61,17 @@ class Load:
     complaints: list[str] = dataclasses.field(default_factory=list)
 
 
+_DRAWING = threading.Lock()  # torch's generator is the process's: two threads that draw weights would mix them
+
+
 def network(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network().train()
 
 
 def wide(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(WIDE[0], WIDE[1]), nn.ReLU(), nn.Linear(WIDE[1], WIDE[2]))
 

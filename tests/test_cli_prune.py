@@ -115,7 +115,7 @@ class TestPrune:
         for name in ("one", "two"):
             result = nettrim(*arguments, "--checkpoint-dir", tmp_path / "kept", "--out", tmp_path / name)
             assert result.exit_code == 0, result.output
-        assert "2 layers taken from it, 0 solved" in result.stdout
+        assert "2 layers taken from it, 0 solved" in " ".join(result.stdout.split())  # the folder's name may break the line
         assert same_bits(weights_in(tmp_path / "two"), weights_in(out))
         assert "checkpoint_dir" not in (tmp_path / "two" / "recipe.yaml").read_text()
         other = nettrim(*arguments, "--gamma", "1.2", "--checkpoint-dir", tmp_path / "kept", "--out", tmp_path / "three")
