@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nettrim import layers
+from nettrim.activations import output
 from nettrim.calibration import Run, run_batch
 from nettrim.capture import evaluation
+from nettrim.layers import Call
+from nettrim.tracing import TracedLayer
 
 _ELEMENTS = 2**26  # of one network's layer outputs held at a time: 256 MB in float32
 
 
-def accumulated(model: nn.Module, pruned: nn.Module, activations: Mapping[str, str | None], batches: list[Any], run: Run) -> dict[str, float | None]:
+def accumulated(model: nn.Module, pruned: nn.Module, wanted: Sequence[TracedLayer], batches: list[Any], run: Run) -> dict[str, float | None]:
     """Relative discrepancy of layers' outputs between two whole networks.
 
     Parameters
     ----------
     model, pruned : nn.Module
         The dense network and the pruned one.
-    activations : mapping of str to ("relu" or None)
-        The layers, in execution order, with what follows each.
+    wanted : sequence of TracedLayer
+        The layers, in execution order: the outputs are those after their BatchNorm and activation, of an inner matrix what it adds there.
     batches : list
         As `nettrim.calibration.batches` returns them.
     run : callable(model, batch)
@@ -35,12 +37,12 @@ def accumulated(model: nn.Module, pruned: nn.Module, activations: Mapping[str, s
     dict of str to (float or None)
         ``‖Â − A‖_F / ‖A‖_F`` of each layer's outputs over all batches; None where the layer does not run alike in both networks.
     """
-    if not activations:
+    if not wanted:
         return {}
-    sizes = {name: out.numel() for name, out in _outputs(model, activations, batches[0], 0, run).items()}
+    sizes = {name: out.numel() for name, out in _outputs(model, wanted, batches[0], 0, run).items()}
     found: dict[str, float | None] = {}
-    for group in _groups({name: sizes.get(name, 0) for name in activations}):
-        here = {name: activations[name] for name in group}
+    for group in _groups({layer.name: sizes.get(layer.name, 0) for layer in wanted}):
+        here = [layer for layer in wanted if layer.name in group]
         squares, norms = dict.fromkeys(group, 0.0), dict.fromkeys(group, 0.0)
         for index, batch in enumerate(batches):
             dense, other = (_outputs(network, here, batch, index, run) for network in (model, pruned))
@@ -71,19 +73,22 @@ def _groups(sizes: dict[str, int]) -> Iterator[list[str]]:
     yield group
 
 
-def _outputs(model: nn.Module, activations: Mapping[str, str | None], batch: Any, index: int, run: Run) -> dict[str, Tensor]:
-    """What the layers put out for one batch, after their ReLU, as rows (P, M)."""
-    seen: dict[str, Tensor] = {}
+def _outputs(model: nn.Module, wanted: Sequence[TracedLayer], batch: Any, index: int, run: Run) -> dict[str, Tensor]:
+    """What the layers put out for one batch, as rows (P, M)."""
+    seen: dict[str, list[Tensor]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            rows = layers.output_rows(module, out).to(layers.compute_dtype(module), copy=True)
-            seen[name] = rows.clamp_(min=0) if activations[name] == "relu" else rows
+    def keep(layer: TracedLayer) -> Any:
+        matrix = layer.of(model)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            Z = matrix.output_rows(Call(args, kwargs, out)).to(matrix.compute_dtype, copy=True)
+            seen.setdefault(layer.name, []).append(output(Z, layer.norm, layer.function))
 
         return hook
 
-    with ExitStack() as stack, evaluation(model), torch.no_grad():
-        for name in activations:
-            stack.callback(model.get_submodule(name).register_forward_hook(keep(name), prepend=True).remove)
+    with evaluation(model), torch.no_grad(), ExitStack() as stack:
+        for layer in wanted:
+            module = model.get_submodule(layer.module_name)
+            stack.callback(module.register_forward_hook(keep(layer), prepend=True, with_kwargs=True).remove)
         run_batch(model, batch, index, run)
-    return seen
+    return {name: torch.cat(pieces) for name, pieces in seen.items()}

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nettrim import capture, layers
 from nettrim.calibration import Run
+from nettrim.observing import observe
+from nettrim.options import Options
 from nettrim.patterns import UNSTRUCTURED, make_supports
 from nettrim.solvers.base import threads_for
 from nettrim.solvers.support import normalised, refit, search
+from nettrim.tracing import TracedLayer
 
 _DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _GRID = 400
@@ -55,40 +57,64 @@ class Curve:
 
 
 def measure(
-    model: nn.Module, batches: list[Any], run: Run, metrics: dict[str, Tensor], device: torch.device | str | None
+    model: nn.Module,
+    batches: list[Any],
+    run: Run,
+    wanted: list[TracedLayer],
+    metrics: dict[str, Tensor],
+    options: Options,
+    device: torch.device | str | None,
 ) -> dict[str, Curve]:
-    """The curve of each layer that there is a metric for, from its rows in the dense network."""
+    """The curves of the layers ``wanted``, from their rows in the dense network and their metrics."""
     found = {}
-    for name, metric in metrics.items():
-        module = model.get_submodule(name)
-        A, _ = capture.rows(model, batches, run, module, device=device)
-        G = torch.zeros((A.shape[1],) * 2, dtype=torch.float64, device=A.device)
-        for chunk in A.split(layers.ROWS_PER_CHUNK):
-            G.addmm_(chunk.double().T, chunk.double())
-        W = layers.as_matrix(module).double().to(A.device)
+    for layer in wanted:
+        seen = observe(layer, model, None, batches, run, device=device, max_rows=options.max_rows, seed=options.seed)
+        N = seen.matrix.shape[1] + seen.matrix.has_bias
+        G, rows = torch.zeros((seen.groups, N, N), dtype=torch.float64, device=seen.dense.device), 0
+        for A, _ in seen.solved_on():
+            stacked = A.double().unflatten(1, (seen.groups, N)).transpose(0, 1)
+            G.baddbmm_(stacked.transpose(1, 2), stacked)
+            rows += len(A)
+        W = seen.dense.double()
+        # of all rows: a layer of a convolutional network has more of them than the one behind it
         with threads_for(W.numel() * W.shape[1]):
-            found[name] = _curve(G / len(A), W, metric.to(W), layers.has_bias(module))
+            found[layer.name] = _curve(G * (seen.rows / rows), W, metrics[layer.name].to(W), layer.matrix.has_bias)
     return found
 
 
 def _curve(G: Tensor, W: Tensor, metric: Tensor, has_bias: bool) -> Curve:
-    problem, column, row = normalised(G, metric, torch.float32)
-    start = W * column * row
-    C = start @ problem.G
-    total = -2 * problem.value(start, C)  # of no weights at all: the dense ones leave nothing
-    counted = torch.ones(len(column), dtype=torch.bool, device=G.device)
-    counted[len(column) - has_bias :] = False
-    size = len(W) * int(counted.sum())
+    """The curve of one layer, from the Gram matrices (G, N, N) of its groups, over which each number of weights is spread by ``‖a_j‖² w²``."""
+    groups, N = len(G), G.shape[1]
+    height = len(W) // groups
+    problems, starts = [], []
+    for group in range(groups):
+        own = slice(group * height, (group + 1) * height)
+        problem, column, row = normalised(G[group], metric[own] if metric.ndim == 1 else metric[own, own], torch.float32)
+        problems.append(problem)
+        starts.append(W[own] * column * row)
+    products = [start @ problem.G for problem, start in zip(problems, starts, strict=True)]
+    # of no weights at all: the dense ones leave nothing
+    total = -2 * sum(problem.value(start, C) for problem, start, C in zip(problems, starts, products, strict=True))
+    counted = torch.ones(N, dtype=torch.bool, device=G.device)
+    counted[N - has_bias :] = False
+    inner = int(counted.sum())
+    size = len(W) * inner
     kept: list[int] = []
     errors: list[float] = []
     for density in _DENSITIES:
         count = max(1, round(density * size))
         if kept and count <= kept[-1]:
             continue
-        supports = make_supports(UNSTRUCTURED.text, count, counted, (len(W), len(column)), None)
-        fit = refit(problem, C, *search(problem, C, supports, start))
+        each = [count]
+        if groups > 1:
+            scores = torch.cat(starts)[:, counted].square()
+            each = [int(part) for part in UNSTRUCTURED.mask(scores, count).view(groups, -1).sum(1)]
+        value = 0.0
+        for problem, start, C, number in zip(problems, starts, products, each, strict=True):
+            supports = make_supports(UNSTRUCTURED.text, number, counted, (height, N), None)
+            value += refit(problem, C, *search(problem, C, supports, start)).value
         kept.append(count)
-        errors.append(max(total + 2 * fit.value, 1e-12 * total))
+        errors.append(max(total + 2 * value, 1e-12 * total))
     if len(kept) == 1:
         kept, errors = [kept[0], kept[0] + 1], [errors[0], errors[0]]
     # more weights never do worse

@@ -15,170 +15,265 @@ far leaves undisturbed, as the first one, has nothing to inflate: it gets ``epsi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nettrim.errors import ArgumentError
+from nettrim.observing import HELD_ELEMENTS, Layer
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer as its program needs it.
-
-    Attributes
-    ----------
-    name : str
-    inputs : Tensor, (P, N)
-        What the program sees: ``A``, or ``Â`` in cascade.
-    targets : Tensor, (P, M)
-        ``Y``: the dense network's outputs, after the ReLU if one follows.
-    outputs : Tensor, (P, M)
-        The same before the ReLU.
-    dense : Tensor, (M, N)
-        The dense weights ``W``.
-    activation : "relu" or None
-    disturbed : bool
-        Whether the inputs differ from the dense network's.
-    """
-
-    name: str
-    inputs: Tensor
-    targets: Tensor
-    outputs: Tensor
-    dense: Tensor
-    activation: str | None
-    disturbed: bool
+from nettrim.rows import Stream
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A layer's program, the promise on its whole output, and how the promise follows from the input's disturbance.
+    """A layer's programs, the promise on its whole output, and how the promise follows from the input's disturbance.
 
     Attributes
     ----------
-    program : LayerProgram
+    programs : tuple of LayerProgram
+        One for each group of the layer; one, where it is not grouped.
     promise : float or None
-        Frobenius norm, absolute: what the stored layer's output may differ from the dense network's on these rows. None where a number of weights
+        Frobenius norm, absolute: what the stored layer's output may differ from the dense network's, on all rows. None where a number of weights
         was asked for: then it is what the solution leaves.
     inflation : float or None
         The factor ``γ`` (``κγ`` for the last layer) by which a cascade layer's squared promise exceeds at most what the dense weights leave;
         None for a budget of its own.
     """
 
-    program: LayerProgram
+    programs: tuple[LayerProgram, ...]
     promise: float | None
     inflation: float | None
 
+    @property
+    def epsilon(self) -> float:
+        """Of all programs together."""
+        return math.hypot(*(program.epsilon or 0.0 for program in self.programs))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Squared sizes of a layer's groups on some rows, (G,) float64 each: of its output, of the misfit of weights that are 0 (where there are several
+    groups), and of that of the dense weights, on Ω and off it.
+    """
+
+    output: Tensor
+    zero: Tensor
+    on: Tensor
+    off: Tensor
+
+    def shares(self) -> Tensor:
+        """Of a budget that the groups share: what is lost with all of a group's weights, over what is lost with all."""
+        total = float(self.zero.sum())
+        return self.zero / total if total > 0 else torch.full_like(self.zero, 1 / len(self.zero))
+
 
 def make_budget(
-    layer: Layer, *, relative: float, own: bool, inflation: float, consistency: str, penalty: str, bias_weight: float, has_bias: bool
+    layer: Layer, *, relative: float, own: bool, inflation: float, consistency: str, penalty: str, bias_weight: float
 ) -> Budget:
-    """The program of one layer.
+    """The programs of one layer.
 
     ``relative`` is its share of ``‖Y‖_F``; ``own`` says that it was asked for this layer; ``inflation`` is ``γ`` (times ``κ``) and counts where the
     layer's inputs are disturbed and the budget is not its own. ``bias_weight`` is ``ω`` of the bias column; the ``"l0"`` penalty does not count it.
+
+    Raises
+    ------
+    ArgumentError
+        The paper's set, of a layer whose rows are not held.
     """
-    weights = torch.ones(layer.inputs.shape[1], dtype=layer.inputs.dtype, device=layer.inputs.device)
-    if has_bias:
-        weights[-1] = 0.0 if penalty == "l0" else bias_weight
-    upper = _pre_activations(layer) if layer.disturbed and consistency == "paper" and layer.activation == "relu" else None
-
-    def program(epsilon: float) -> LayerProgram:
-        return LayerProgram(
-            layer.inputs,
-            layer.targets,
-            epsilon=epsilon,
-            penalty=penalty,
-            activation=layer.activation,
-            consistency=consistency,
-            upper=upper,
-            l1_weights=weights,
+    if layer.ceiling is not None:
+        consistency = "relaxed"  # the papers' set is the ReLU's
+    if consistency == "paper" and layer.relu and layer.drawn is None and layer.observation.rows is None:
+        raise ArgumentError(
+            f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, or "
+            "consistency='relaxed'"
         )
+    omega = _omega(layer, 0.0 if penalty == "l0" else bias_weight)
+    one_sided = layer.disturbed and consistency == "paper" and layer.relu
+    inflated = layer.disturbed and not own
+    whole = _sizes(layer, layer.observation.chunks(), misfits=inflated or one_sided)
+    there = whole if layer.drawn is None else _sizes(layer, layer.solved_on(), misfits=inflated or one_sided)
 
-    if own or not layer.disturbed:
-        epsilon, factor = relative * float(layer.targets.double().norm()), None
-    else:
-        on, off = _dense_misfit(layer)
-        epsilon, factor = math.sqrt(inflation * (on if upper is not None else on + off)), inflation
-        if upper is not None:
-            factor = max(inflation, 1.0)  # κ tightens the part on Ω alone
-    promise = epsilon
-    if upper is not None:
-        promise = math.hypot(epsilon, math.sqrt(_dense_misfit(layer)[1]))
-    return Budget(program(epsilon), promise, factor)
+    def squared(sizes: _Sizes) -> Tensor:
+        """Budgets of the groups: what dense weights need and, by what there is to lose in each, their share of the rest."""
+        if not inflated:
+            return relative**2 * float(sizes.output.sum()) / layer.lipschitz**2 * sizes.shares()
+        needed = sizes.on if one_sided else sizes.on + sizes.off
+        return needed + (inflation - 1) * (float(needed.sum()) * sizes.shares() if inflation > 1 else needed)
+
+    programs = []
+    for group, (inputs, targets) in enumerate(_program_rows(layer)):
+        inside = _rows_of(layer, group)
+        programs.append(
+            LayerProgram(
+                inputs,
+                targets,
+                epsilon=math.sqrt(float(squared(there)[group])),
+                penalty=penalty,
+                activation="relu" if layer.relu else None,
+                consistency=consistency,
+                upper=_upper(layer, group) if one_sided else None,
+                floor=None if layer.floor is None else layer.floor[inside],
+                ceiling=None if layer.ceiling is None else layer.ceiling[inside],
+                l1_weights=omega,
+            )
+        )
+    factor = None
+    if inflated:
+        factor = max(inflation, 1.0) if one_sided else inflation  # κ tightens the part on Ω alone
+    beside = float(whole.off.sum()) if one_sided else 0.0
+    promise = layer.lipschitz * math.sqrt(float(squared(whole).sum()) + beside)
+    return Budget(tuple(programs), promise, factor)
 
 
 def make_selection(
-    layer: Layer,
-    *,
-    sparsity: float,
-    pattern: Pattern,
-    repair: float,
-    support: Tensor | None,
-    metric: Tensor | None,
-    has_bias: bool,
+    layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, support: Tensor | None, metric: Tensor | None
 ) -> Budget:
-    """The program of one layer that is to have a share ``sparsity`` of zeros in a pattern.
+    """The programs of one layer that is to have a share ``sparsity`` of zeros in a pattern.
 
     Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
     program sees ``G`` and ``C`` alone. The bias does not count and is fitted.
 
     Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
-    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do.
-    ``metric`` (M, M) or (M,) is the program's.
+    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do. ``metric``, (M, M) or (M,), is the
+    program's.
+    The groups of a grouped layer share its number of weights by ``‖a_j‖² w²``, what each weight puts out.
     """
-    width = layer.dense.shape[1] - has_bias
-    shape = (layer.dense.shape[0], width)
-    weights = torch.ones(layer.inputs.shape[1], dtype=layer.inputs.dtype, device=layer.inputs.device)
-    weights[width:] = 0.0
-    targets = layer.outputs
-    if repair < 1 and layer.disturbed:
-        targets = torch.lerp(layer.inputs @ layer.dense.T, targets, repair)
+    M, N = layer.matrix.shape
+    omega = _omega(layer, 0.0)
+    lean = repair if repair < 1 and layer.disturbed else None
     if pattern is NEURON:
         assert support is not None
-        pattern, kept = UNSTRUCTURED, int(support[:, :width].sum())
+        kept = [int(support[_rows_of(layer, group), :N].sum()) for group in range(layer.groups)]
+        pattern = UNSTRUCTURED
     else:
-        pattern.check(shape, f"layer {layer.name!r}")
-        kept = pattern.kept(shape, sparsity)
-    program = LayerProgram(
-        layer.inputs,
-        targets,
-        nonzeros=kept,
-        activation=None,
-        l1_weights=weights,
-        pattern=pattern.text,
-        metric=None if metric is None else metric.to(layer.inputs),
-        support=None if support is None else support.to(layer.inputs.device),
-    )
-    return Budget(program, None, None)
+        pattern.check((M // layer.groups, N), f"layer {layer.name!r}")
+        kept = _shared(layer, pattern, sparsity, support)
+    programs = []
+    for group, (inputs, targets) in enumerate(_program_rows(layer, lean, plain=True)):
+        inside = _rows_of(layer, group)
+        programs.append(
+            LayerProgram(
+                inputs,
+                targets,
+                nonzeros=kept[group],
+                activation=None,
+                l1_weights=omega,
+                pattern=pattern.text,
+                metric=None if metric is None else (metric[inside] if metric.ndim == 1 else metric[inside, inside]).to(layer.dense),
+                support=None if support is None else support[inside].to(layer.dense.device),
+            )
+        )
+    return Budget(tuple(programs), None, None)
 
 
 def misfit(layer: Layer, W: Tensor) -> float:
-    """``F(W)`` on the layer's own targets, in float64: the squared promise of weights (M, N)."""
-    program = LayerProgram(layer.inputs, layer.targets, epsilon=1.0, activation=layer.activation)
-    return program.misfit(W)
+    """What folded weights (M, N) may cost on all rows, in float64: ``F(W)``, or ``L²`` times it, which is no less than the squared discrepancy."""
+    total = 0.0
+    for A, U in layer.observation.chunks():
+        total += float(_residual(layer, W, A, U).square().sum())
+    return layer.lipschitz**2 * total
 
 
-def _pre_activations(layer: Layer) -> Tensor:
-    """``V = Â Wᵀ``, (P, M), rounded up: the dense weights must stay feasible in exact arithmetic, and are all there is where Ω is empty."""
-    V = torch.empty_like(layer.targets)
-    for part, A in zip(V.split(4096), layer.inputs.split(4096), strict=True):
-        exact = A.double() @ layer.dense.double().T
+def _residual(layer: Layer, W: Tensor, A: Tensor, U: Tensor) -> Tensor:
+    return _distance(layer, layer.apply(W.double(), A.double()), layer.targets(U).double())
+
+
+def _distance(layer: Layer, Z: Tensor, targets: Tensor) -> Tensor:
+    """``D`` of float64 pre-activations (p, M)."""
+    floor, ceiling = (None if end is None else end.double() for end in (layer.floor, layer.ceiling))
+    return residual(Z, targets, relu=layer.relu, floor=floor, ceiling=ceiling)
+
+
+def _omega(layer: Layer, bias_weight: float) -> Tensor:
+    """``ω`` of a group's columns, (N,)."""
+    N = layer.matrix.shape[1]
+    weights = torch.ones(N + layer.matrix.has_bias, dtype=layer.dense.dtype, device=layer.dense.device)
+    weights[N:] = bias_weight
+    return weights
+
+
+def _rows_of(layer: Layer, group: int) -> slice:
+    return layer.observation.columns(group)[1]
+
+
+def _sizes(layer: Layer, chunks: Iterator[tuple[Tensor, Tensor]], *, misfits: bool) -> _Sizes:
+    """One pass over the rows."""
+    output, zero, on, off = (torch.zeros(layer.groups, dtype=torch.float64, device=layer.dense.device) for _ in range(4))
+    for A, U in chunks:
+        targets = layer.targets(U).double()
+        if layer.groups > 1:
+            zero += _distance(layer, torch.zeros_like(targets), targets).square().sum(0).view(layer.groups, -1).sum(1)
+        output += layer.output(U).double().square().sum(0).view(layer.groups, -1).sum(1)
+        if misfits:
+            squares = _residual(layer, layer.dense, A, U).square()
+            inside = targets > (0.0 if layer.floor is None else layer.floor) if layer.relu else torch.ones_like(U, dtype=torch.bool)
+            on += torch.where(inside, squares, 0.0).sum(0).view(layer.groups, -1).sum(1)
+            off += torch.where(inside, 0.0, squares).sum(0).view(layer.groups, -1).sum(1)
+    return _Sizes(output, zero, on, off)
+
+
+def _program_rows(layer: Layer, repair: float | None = None, *, plain: bool = False) -> Iterator[tuple[Tensor | Stream, Tensor | Stream]]:
+    """Inputs and targets of each group's program: tensors where they are held, else streams; ``plain`` is without the ReLU."""
+    held = layer.drawn or layer.observation.rows
+    for group in range(layer.groups):
+        columns, outputs = layer.observation.columns(group)
+
+        def aim(A: Tensor, U: Tensor, outputs: slice = outputs) -> Tensor:
+            if repair is not None:
+                return torch.lerp(A @ layer.dense[outputs].T, U, repair)
+            return U if plain else layer.targets(U, outputs)
+
+        if held is not None:
+            A, U = held[0][:, columns], held[1][:, outputs]
+            yield A, aim(A, U)
+            continue
+        yield _stream(layer, group, lambda A, U: A), _targets(layer, group, aim)
+
+
+def _stream(layer: Layer, group: int, made: Callable[[Tensor, Tensor], Tensor]) -> Stream:
+    return lambda: (made(A, U) for A, U in layer.observation.chunks(group))
+
+
+def _targets(layer: Layer, group: int, aim: Callable[[Tensor, Tensor], Tensor]) -> Tensor | Stream:
+    """Held where they fit: two streams side by side cost two runs of the network."""
+    stream = _stream(layer, group, aim)
+    if layer.rows * (layer.matrix.shape[0] // layer.groups) > HELD_ELEMENTS:
+        return stream
+    return torch.cat(list(stream()))
+
+
+def _shared(layer: Layer, pattern: Pattern, sparsity: float, support: Tensor | None) -> list[int]:
+    """How many weights each group keeps."""
+    M, N = layer.matrix.shape
+    each = (M // layer.groups, N)
+    if layer.groups == 1:
+        return [pattern.kept(each, sparsity)]
+    if pattern is not UNSTRUCTURED:
+        return [pattern.kept(each, sparsity)] * layer.groups
+    squares = sum(A.double().square().sum(0) for A, _ in layer.solved_on())
+    assert isinstance(squares, Tensor)
+    of_columns = squares.view(layer.groups, 1, -1)[..., :N].expand(layer.groups, each[0], N).reshape(M, N)
+    scores = of_columns * layer.dense[:, :N].double().square()
+    if support is not None:
+        scores = torch.where(support[:, :N].to(scores.device), scores, -1.0)
+    mask = pattern.mask(scores, pattern.kept((M, N), sparsity))
+    return [int(count) for count in mask.view(layer.groups, -1).sum(1)]
+
+
+def _upper(layer: Layer, group: int) -> Tensor:
+    """``V = Â Wᵀ`` of a group, rounded up: the dense weights must stay feasible in exact arithmetic, and are all there is where Ω is empty."""
+    held = layer.drawn or layer.observation.rows
+    assert held is not None
+    columns, outputs = layer.observation.columns(group)
+    dense = layer.dense[outputs].double()
+    V = torch.empty_like(held[1][:, outputs])
+    for part, A in zip(V.split(4096), held[0][:, columns].split(4096), strict=True):
+        exact = A.double() @ dense.T
         nearest = exact.to(V.dtype)
         part.copy_(torch.where(nearest < exact, torch.nextafter(nearest, torch.full_like(nearest, math.inf)), nearest))
     return V
-
-
-def _dense_misfit(layer: Layer) -> tuple[float, float]:
-    """``Σ_Ω (v − y)²`` and ``Σ_{Ωᶜ} max(v, 0)²`` of the dense weights, in float64."""
-    on = off = 0.0
-    for A, Y in zip(layer.inputs.split(4096), layer.targets.split(4096), strict=True):
-        Y = Y.double()
-        squares = residual(A.double() @ layer.dense.double().T, Y, relu=layer.activation == "relu").square()
-        inside = float(squares[Y > 0].sum()) if layer.activation == "relu" else float(squares.sum())
-        on, off = on + inside, off + float(squares.sum()) - inside
-    return on, max(off, 0.0)

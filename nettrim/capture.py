@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
+from nettrim.layers import Matrix
 from nettrim.sharing import turn
 
 
@@ -63,10 +64,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-def rows(
-    model: nn.Module, batches: list[Any], run: Run, module: nn.Module, *, device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Capture what a layer is given and what it gives, over all batches.
+def kept(
+    model: nn.Module, batches: list[Any], run: Run, matrix: Matrix, *, device: torch.device | str | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a layer is given and what it gives, batch by batch.
 
     Parameters
     ----------
@@ -76,19 +77,17 @@ def rows(
         As `nettrim.calibration.batches` returns them.
     run : callable(model, batch)
         As `nettrim.calibration.runner` returns it.
-    module : nn.Module
-        The layer, a supported submodule of `model`.
+    matrix : Matrix
+        Of a supported submodule of `model`.
     device : optional
-        Where the rows are gathered; the layer's device by default.
+        Where the results are; the layer's device by default.
 
-    Returns
-    -------
-    A : Tensor, shape (P, N)
-        Inputs, one row a sample (or token), with a column of ones when the layer has a bias.
+    Yields
+    ------
+    kept : Tensor
+        What the layer's kind keeps of the input (`nettrim.layers.Kind.inputs`), in its own dtype.
     Z : Tensor, shape (P, M)
-        Pre-activations: what the layer returned, before anything changed it.
-
-        Both are in the compute dtype (float64 for float64 weights, else float32) and share no memory with the model.
+        Pre-activations in the compute dtype: what the layer returned, before anything changed it. Both share no memory with the model.
 
     Raises
     ------
@@ -96,38 +95,59 @@ def rows(
         A batch that the model cannot run or in which the layer does not run, or NaN or infinity in the layer's input
         or output; the layer and the batch are named.
     """
-    name = next((name for name, child in model.named_modules() if child is module), type(module).__name__)
-    dtype = layers.compute_dtype(module)
+    module, kind, part = matrix.module, matrix.kind, matrix.part
+    name = matrix.name_in(next((name for name, child in model.named_modules() if child is module), type(module).__name__))
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
-        a, z = layers.input_rows(module, x), layers.output_rows(module, out)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        call = layers.Call(args, kwargs, out)
+        x, z = kind.inputs(module, part, call), kind.outputs(module, part, call)
         # copies: a model that catches even `_Stop` goes on and may change both in place
-        seen.append((a.to(device=device, dtype=dtype, copy=True), z.to(device=device, dtype=dtype, copy=True)))
-        raise _Stop
+        seen.append((x.to(device=device, copy=True), z.to(device=device, dtype=matrix.compute_dtype, copy=True)))
+        if not kind.repeats:
+            raise _Stop
 
+    for index, batch in enumerate(batches):
+        seen.clear()
+        with evaluation(model):
+            # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
+            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            try:
+                run_batch(model, batch, index, run)
+            except _Stop:
+                pass
+            finally:
+                handle.remove()
+        if not seen:
+            raise RouteError(
+                f"layer {name!r} did not run in calibration batch {index}; expected it to run in every "
+                "batch: leave it out (ignore) or leave out that batch"
+            )
+        for what, values in zip(("input", "output"), seen[0], strict=True):
+            _require_finite(values, f"the {what} of layer {name!r}", index)
+        if not kind.repeats:
+            yield seen[0]
+        else:
+            yield torch.cat([x for x, _ in seen]), torch.cat([z for _, z in seen])
+
+
+def rows(
+    model: nn.Module, batches: list[Any], run: Run, layer: nn.Module | Matrix, *, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """All rows of a layer at once; the arguments and errors are those of `kept`.
+
+    Returns
+    -------
+    A : Tensor, shape (P, N)
+        Inputs, one row a sample (token, patch), with a column of ones when the layer has a bias.
+    Z : Tensor, shape (P, M)
+        Pre-activations. Both are in the compute dtype (float64 for float64 weights, else float32).
+    """
+    matrix = layers.only_matrix(layer)
     pieces = []
-    with evaluation(model):
-        # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
-        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-        try:
-            for index, batch in enumerate(batches):
-                seen.clear()
-                try:
-                    run_batch(model, batch, index, run)
-                except _Stop:
-                    pass
-                if not seen:
-                    raise RouteError(
-                        f"layer {name!r} did not run in calibration batch {index}; expected it to run in every "
-                        "batch: leave it out (ignore) or leave out that batch"
-                    )
-                for what, values in zip(("input", "output"), seen[0], strict=True):
-                    _require_finite(values, f"the {what} of layer {name!r}", index)
-                pieces.append(seen[0])
-        finally:
-            handle.remove()
+    for x, z in kept(model, batches, run, matrix, device=device):
+        unfolded = matrix.kind.unfold(matrix.module, matrix.part, x.to(matrix.compute_dtype))
+        pieces.append((matrix.with_ones(unfolded), z))
     return torch.cat([a for a, _ in pieces]), torch.cat([z for _, z in pieces])
 
 

@@ -8,21 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nettrim import layers
 from nettrim.errors import NetTrimError
+from nettrim.layers import Matrix
+from nettrim.observing import Layer
 from nettrim.report import Certificate, LayerReport
-from nettrim.tracing import Trace
+from nettrim.tracing import Trace, TracedLayer
 
 
-def stored_discrepancy(module: nn.Module, inputs: Tensor, targets: Tensor, activation: str | None) -> float:
-    """``‖relu(output) − Y‖_F`` of the layer as it is stored, run on the rows ``inputs`` (P, N) against ``targets`` (P, M), in float64."""
+def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
+    """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
     total = 0.0
-    step = layers.ROWS_PER_CHUNK
-    for A, Y in zip(inputs.split(step), targets.split(step), strict=True):
-        out = layers.forward_rows(module, A).double()
-        if activation == "relu":
-            out = out.clamp(min=0)
-        total += float((out - Y.double()).square().sum())
+    for A, U in layer.observation.chunks():
+        total += float((layer.output(layer.run(matrix, A)) - layer.output(U.double())).square().sum())
     return math.sqrt(total)
 
 
@@ -51,67 +48,88 @@ class Promise:
     sums_norm: float
 
 
-def make_promise(module: nn.Module, inputs: Tensor, targets: Tensor, dense: Tensor, epsilon: float, inflation: float | None) -> Promise:
-    """The promise ``epsilon`` of a stored layer on its rows ``inputs`` (P, N), ``targets`` (P, M), with the dense weights (M, N)."""
-    larger = torch.maximum(layers.as_matrix(module).to(dense).abs(), dense.abs()).T
-    # in the precision of the data: of what rounding can add, a few digits are enough
-    squares = sum(float((A.abs() @ larger).double().square().sum()) for A in inputs.split(layers.ROWS_PER_CHUNK))
-    return Promise(epsilon, inflation, inputs.shape[0], float(targets.double().norm()), math.sqrt(squares))
+def output_norm(layer: Layer) -> float:
+    """``‖Y‖_F`` of all the layer's rows."""
+    return math.sqrt(sum(float(layer.output(U).double().square().sum()) for _, U in layer.observation.chunks()))
 
 
-def rounding(module: nn.Module, rows: int, output_norm: float, sums_norm: float) -> float:
+def make_promise(matrix: Matrix, layer: Layer, epsilon: float, inflation: float | None) -> Promise:
+    """The promise ``epsilon`` of a stored layer, on all its rows."""
+    larger = torch.maximum(layer.read(matrix).abs(), layer.dense.abs())
+    output = sums = 0.0
+    for A, U in layer.observation.chunks():
+        output += float(layer.output(U).double().square().sum())
+        # in the precision of the data: of what rounding can add, a few digits are enough
+        sums += float(layer.apply(larger, A.abs()).double().square().sum())
+    return Promise(epsilon, inflation, layer.rows, math.sqrt(output), layer.lipschitz * math.sqrt(sums))
+
+
+def rounding(matrix: Matrix, rows: int, output_norm: float, sums_norm: float) -> float:
     """How far two computed outputs of a layer may lie from each other where the exact ones are equal, Frobenius norm.
 
     Of each output the rounding of the entries to the weights' dtype, ``u |y|`` or half the spacing of subnormals, and of each sum of N products
     ``√N u' Σ|a w|``: errors of either sign add up like that (Higham, Mary, SIAM J. Sci. Comput. 2019).
     """
-    matrix = layers.as_matrix(module)
-    stored, summed = torch.finfo(matrix.dtype), torch.finfo(layers.compute_dtype(module))
-    subnormals = math.sqrt(rows * len(matrix)) * stored.smallest_normal * stored.eps
-    return stored.eps * output_norm + subnormals + math.sqrt(matrix.shape[1]) * summed.eps * sums_norm
+    M, N = matrix.shape
+    stored, summed = torch.finfo(matrix.weight.dtype), torch.finfo(matrix.compute_dtype)
+    subnormals = math.sqrt(rows * M) * stored.smallest_normal * stored.eps
+    return stored.eps * output_norm + subnormals + math.sqrt(N + matrix.has_bias) * summed.eps * sums_norm
 
 
 def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: dict[str, Promise], mode: str) -> float:
     """Bound on the output discrepancy of a chain of layers, without normalising the weights (NIPS 2017, Theorems 1 and 2).
 
-    ``e_0 = 0``, and with spectral norms over the columns without the bias
+    ``e_0 = 0``, and with spectral norms over the columns without the bias, of the weights with a BatchNorm folded in,
 
     * parallel: ``e_ℓ = ‖Ŵ_ℓ‖₂ e_{ℓ−1} + ε_ℓ``
     * cascade:  ``e_ℓ = √γ_ℓ ‖W_ℓ‖₂ e_{ℓ−1}``; ``ε_ℓ`` for the first layer and for a budget of its own
     * a layer that was not pruned: ``e_ℓ = ‖W_ℓ‖₂ e_{ℓ−1}``
 
-    Each layer adds what rounding can add, since the figures measured are those of rounded outputs.
+    each norm times the activation's Lipschitz constant, and times √c where an entry of the input lies in up to c rows, as the patches of a
+    convolution overlap. Each layer adds what rounding can add, since the figures measured are those of rounded outputs.
     """
-    bound, rows, output_norm = 0.0, 0, 0.0
+    bound, output_norm = 0.0, 0.0
     for layer in trace.layers:
         promise = promises.get(layer.name)
-        module = pruned.get_submodule(layer.name)
+        stored, rows = layer.of(pruned), layer.rows
         if promise is not None:
-            rows, output_norm, sums_norm = promise.rows, promise.output_norm, promise.sums_norm
+            output_norm, sums_norm = promise.output_norm, promise.sums_norm
         elif bound == 0:
             continue
         else:
-            matrix = layers.as_matrix(module).double()
-            bias = math.sqrt(rows) * float(matrix[:, -1].norm()) if layers.has_bias(module) else 0.0
-            sums_norm = output_norm * float(matrix.norm()) + bias
-            output_norm = output_norm * _spectral_norm(module) + bias
+            weights, bias = _folded(layer, stored)
+            added = 0.0 if bias is None else math.sqrt(rows) * float(bias.norm())
+            sums_norm = output_norm * layer.spread * float(weights.norm()) + added
+            output_norm = output_norm * _reach(layer, stored) + added
         inflation = None if promise is None else promise.inflation
         if promise is None:
-            bound *= _spectral_norm(module)
+            bound *= _reach(layer, stored)
         elif mode == "parallel":
-            bound = _spectral_norm(module) * bound + promise.epsilon
+            bound = _reach(layer, stored) * bound + promise.epsilon
         elif inflation is None:
             bound = promise.epsilon
         else:
-            bound *= math.sqrt(inflation) * _spectral_norm(dense.get_submodule(layer.name))
+            bound *= math.sqrt(inflation) * _reach(layer, layer.of(dense))
         # once for the two runs of the stored layer, and once for the dense run that an inflated budget was measured against
-        bound += rounding(module, rows, output_norm + bound, sums_norm) * (1 if inflation is None else 1 + math.sqrt(inflation))
+        bound += rounding(stored, rows, output_norm + bound, sums_norm) * (1 if inflation is None else 1 + math.sqrt(inflation))
     return bound
 
 
-def _spectral_norm(module: nn.Module) -> float:
-    matrix = layers.as_matrix(module).double()
-    return float(torch.linalg.matrix_norm(matrix[:, :-1] if layers.has_bias(module) else matrix, ord=2))
+def _folded(layer: TracedLayer, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    """A layer's weights and its constant part, float64, a BatchNorm folded in."""
+    weights, bias = matrix.weights().double(), matrix.bias()
+    bias = None if bias is None else bias.double()
+    if layer.norm is None:
+        return weights, bias
+    scale, shift = layer.norm.scale.to(weights.device), layer.norm.shift.to(weights.device)
+    return weights * scale[:, None], shift if bias is None else bias * scale + shift
+
+
+def _reach(layer: TracedLayer, matrix: Matrix) -> float:
+    """By what factor a layer's outputs can differ more than its inputs do."""
+    weights, _ = _folded(layer, matrix)
+    largest = max(float(torch.linalg.matrix_norm(block, ord=2)) for block in weights.chunk(matrix.groups))
+    return largest * layer.spread * (1.0 if layer.function is None else layer.function.lipschitz)
 
 
 def certify(

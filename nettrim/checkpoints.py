@@ -43,8 +43,6 @@ class Record:
         Of its solution.
     seconds : float
         Wall time that it took.
-    dropped_rows : bool
-        Whether it was solved on some of its rows.
     report : LayerReport or None
         None for a layer that stays dense.
     promise : Promise or None
@@ -54,7 +52,6 @@ class Record:
 
     status: str
     seconds: float
-    dropped_rows: bool
     report: LayerReport | None
     promise: Promise | None
     kept_dense: str | None
@@ -165,7 +162,6 @@ class Execution:
         record = Record(
             status=kept["status"],
             seconds=kept["seconds"],
-            dropped_rows=kept["dropped_rows"],
             report=None if report is None else reading.read(LayerReport, report),
             promise=None if kept["promise"] is None else Promise(**kept["promise"]),
             kept_dense=kept["kept_dense"],
@@ -185,7 +181,7 @@ class Execution:
         if not self._folder.exists():
             _make(self._folder)
         plain = {
-            **{key: getattr(record, key) for key in ("status", "seconds", "dropped_rows", "kept_dense")},
+            **{key: getattr(record, key) for key in ("status", "seconds", "kept_dense")},
             "report": None if record.report is None else dataclasses.asdict(record.report),
             "promise": None if record.promise is None else dataclasses.asdict(record.promise),
             "run": self._checkpoint.run,

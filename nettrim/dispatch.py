@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from nettrim import sharing
-from nettrim.budgets import Budget, Layer
+from nettrim.budgets import Budget
 from nettrim.errors import NetTrimError
 from nettrim.holding import quiet
+from nettrim.observing import Layer
 from nettrim.options import Options
 from nettrim.programs import LayerProgram
 from nettrim.solvers import Solution, solve
+from nettrim.solvers.base import stacked
 from nettrim.tracing import TracedLayer
 
 _FLOOR = 0.1  # of the mean weight: what keeps a zero from staying one for ever
@@ -88,7 +90,7 @@ def _blaming_executor(layer: Layer) -> Iterator[None]:
     except Exception as error:
         raise NetTrimError(
             f"the executor failed on layer {layer.name!r} ({type(error).__name__}: {error}); it must accept work, and its workers need nettrim, "
-            f"torch and memory for {layer.inputs.shape[0]} rows"
+            f"torch and memory for {layer.rows} rows"
         ) from error
 
 
@@ -97,16 +99,19 @@ def _solve(
 ) -> tuple[Budget, Solution]:
     """The solution, and the budget with the program that it is one of: the last round's where the ℓ1 norm is reweighted."""
     sharing.thread_count()  # a thread that is new to torch takes the process's number before anything is summed
-    first = budget.program
-    solution = solve(first, solver, tol=tol, max_iter=max_iter, initial=dense, **spread)
-    for _ in range(reweight):
-        if solution.status not in ("optimal", "feasible"):
-            break
-        program = reweighted(first, solution.weights)
-        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights, **spread)  # feasible already: the set is the same
-        budget = dataclasses.replace(budget, program=program)
-        solution = dataclasses.replace(again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds)
-    return budget, solution
+    programs, found = list(budget.programs), []
+    for place, (first, start) in enumerate(zip(budget.programs, dense.split(dense.shape[0] // len(budget.programs)), strict=True)):
+        solution = solve(first, solver, tol=tol, max_iter=max_iter, initial=start, **spread)
+        for _ in range(reweight):
+            if solution.status not in ("optimal", "feasible"):
+                break
+            program = reweighted(first, solution.weights)
+            # feasible already: the set is the same
+            again = solve(program, solver, tol=tol, max_iter=max_iter, initial=solution.weights, **spread)
+            programs[place] = program
+            solution = dataclasses.replace(again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds)
+        found.append(solution)
+    return dataclasses.replace(budget, programs=tuple(programs)), stacked(found, tol)
 
 
 def reweighted(program: LayerProgram, W: Tensor) -> LayerProgram:

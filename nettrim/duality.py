@@ -38,12 +38,10 @@ def best_bound(program: LayerProgram, theta: Tensor) -> tuple[float, Tensor]:
             columns, shift = correction
             t = torch.where(_support(program, Y), t - A[:, columns] @ shift, t)
         correlation += t.T @ A
-        linear -= (t * Y).sum(0)
-        targets_size += Y.square().sum(0)
-        if V is not None:
-            linear -= torch.where(Y > 0, 0.0, t * V).sum(0)
-            targets_size += torch.where(Y > 0, 0.0, V).square().sum(0)
-        square += (torch.where(Y > 0, t, 0.0) if program.one_sided else t).square().sum(0)
+        aim = Y if V is None else torch.where(_support(program, Y), Y, V)  # off Ω the targets are the floor
+        linear -= (t * aim).sum(0)
+        targets_size += aim.square().sum(0)
+        square += (torch.where(_support(program, Y), t, 0.0) if program.one_sided else t).square().sum(0)
         columns_size += A.square().sum(0)
     limit = omega if program.regularization is None else program.regularization * omega
     linear -= _ROUNDING * (size * targets_size).sqrt()
@@ -95,12 +93,15 @@ def total_bound(program: LayerProgram, linear: Tensor, square: Tensor, scale: Te
 
 
 def _support(program: LayerProgram, Y: Tensor) -> Tensor:
-    return Y > 0 if program.relu else torch.ones_like(Y, dtype=torch.bool)
+    return program.on_support(Y)
 
 
 def _feasible_sign(program: LayerProgram, theta: Tensor, Y: Tensor) -> Tensor:
-    """``θ`` clipped at 0 off Ω."""
-    return torch.where(Y > 0, theta, theta.clamp(min=0)) if program.relu else theta
+    """``θ`` clipped at 0 off Ω, from above where the targets have reached a ceiling."""
+    if not program.relu:
+        return theta
+    clipped = theta.clamp(min=0) if program.ceiling is None else torch.where(Y < program.ceiling, theta.clamp(min=0), theta.clamp(max=0))
+    return torch.where(_support(program, Y), theta, clipped)
 
 
 def _free_columns(omega: Tensor) -> Tensor:

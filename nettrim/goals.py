@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from nettrim import allocation, layers, neurons, selection
 from nettrim.allocation import Curve
-from nettrim.budgets import Budget, Layer, make_budget, make_selection
+from nettrim.budgets import Budget, make_budget, make_selection
 from nettrim.calibration import Run
 from nettrim.errors import ArgumentError
+from nettrim.observing import Layer
 from nettrim.options import Options
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern, parse
 from nettrim.sensitivity import output_metrics
@@ -56,11 +57,11 @@ class Goals:
 
     def budget(self, layer: TracedLayer, seen: Layer, *, last: bool) -> Budget:
         """The program of a layer for what was ``seen`` of it; ``last`` is the network's last one."""
-        options, has_bias = self.options, layers.has_bias(layer.module)
+        options = self.options
         if layer.name in self.shares:
             support = self.allowed.get(layer.name)
             if options.preserve_zeros:
-                support = layers.nonzeros(layer.module) if support is None else support & layers.nonzeros(layer.module)
+                support = layers.nonzeros(layer.matrix) if support is None else support & layers.nonzeros(layer.matrix)
             return make_selection(
                 seen,
                 sparsity=self.shares[layer.name],
@@ -68,7 +69,6 @@ class Goals:
                 repair=float(options.repair),
                 support=support,
                 metric=self.metrics.get(layer.name),
-                has_bias=has_bias,
             )
         return make_budget(
             seen,
@@ -78,7 +78,6 @@ class Goals:
             consistency=options.consistency,
             penalty=options.penalty,
             bias_weight=options.bias_weight,
-            has_bias=has_bias,
         )
 
 
@@ -90,8 +89,10 @@ class Measured:
     curves: dict[str, Curve] = field(default_factory=dict)
 
 
-def _metrics(model: nn.Module, batches: list[Any], run: Run, names: list[str], options: Options, spreads: bool) -> dict[str, Tensor]:
-    found = output_metrics(model, batches, run, names, options.seed)
+def _metrics(
+    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], options: Options, spreads: bool
+) -> dict[str, Tensor]:
+    found = output_metrics(model, batches, run, wanted, options.seed)
     if found is None:
         ways = "fidelity='layer' and allocation='uniform'" if spreads else "fidelity='layer'"
         raise ArgumentError(f"no gradient comes through the network, so nothing says what a layer's errors do to its output; expected {ways}")
@@ -118,17 +119,18 @@ def set_goals(
     """
     pattern = parse(options.pattern)
     if options.epsilon is not None:
-        relative = selection.per_layer(model, names, options.epsilon, "epsilon", selection.positive, skipped)
+        relative = selection.per_layer(trace, names, options.epsilon, "epsilon", selection.positive, skipped)
         return Goals(options, relative, isinstance(options.epsilon, Mapping), {}, pattern, {}, {})
     asked = options.sparsity if options.sparsity is not None else 1 - (pattern.share or 0.0)
-    shares = selection.per_layer(model, names, asked, "sparsity", selection.share_of_zeros, skipped)
+    shares = selection.per_layer(trace, names, asked, "sparsity", selection.share_of_zeros, skipped)
     share = float(asked) if isinstance(asked, Real) else 0.0
     spreads = pattern is UNSTRUCTURED and options.allocation == "auto" and 0 < share < 1 and len(names) > 1
     metrics: dict[str, Tensor] = {}
+    wanted = [layer for layer in trace.layers if layer.name in names]
     if pattern is not NEURON and (spreads or options.fidelity == "network"):
-        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, names, options, spreads)
+        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads)
     if spreads:
-        curves = measured.curves = measured.curves or allocation.measure(model, batches, run, metrics, device)
+        curves = measured.curves = measured.curves or allocation.measure(model, batches, run, wanted, metrics, options, device)
         total = sum(curve.size for curve in curves.values())
         kept = allocation.spread(curves, UNSTRUCTURED.kept((1, total), share))
         shares = {name: 1 - kept[name] / curves[name].size for name in names}
@@ -136,8 +138,12 @@ def set_goals(
     if pattern is not NEURON:
         return Goals(options, {}, True, shares, pattern, {}, metrics)
     allowed = neurons.supports(model, trace, batches, run, shares, device)
-    reason = "its neurons are not read by one layer alone, and it reads from none that loses some"
-    skipped |= {name: reason for name in shares if name not in allowed}
+    types = {layer.name: type(layer.module).__name__ for layer in trace.layers if not isinstance(layer.module, nn.Linear)}
+    for name in shares:
+        if name in types:
+            skipped[name] = f"pattern='neuron' takes neurons out of nn.Linear layers, and this is of a {types[name]}"
+        elif name not in allowed:
+            skipped[name] = "its neurons are not read by one layer alone, and it reads from none that loses some"
     # a layer that was not asked for is fitted to what the one before it leaves
     shares = {name: shares.get(name, 0.0) for name in names if name in allowed}
     if not shares:

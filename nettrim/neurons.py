@@ -20,7 +20,7 @@ from nettrim import capture, layers
 from nettrim.calibration import Run
 from nettrim.programs import LayerProgram
 from nettrim.solvers.gram import gather
-from nettrim.tracing import Trace
+from nettrim.tracing import Trace, TracedLayer
 
 _SINGULAR = 1e-8  # of the mean diagonal, added to AᵀA
 
@@ -30,16 +30,17 @@ def supports(
 ) -> dict[str, Tensor]:
     """The weights that may stay, (M, N) bool with the bias, of every layer that loses neurons or reads from one that does.
 
-    A layer can lose neurons where one other layer is all that reads them.
+    An ``nn.Linear`` can lose neurons where one other ``nn.Linear`` is all that reads them, without a BatchNorm in between.
     """
     removed: dict[str, Tensor] = {}
+    traced = {layer.name: layer for layer in trace.layers}
     for reader in trace.layers:
         name = reader.reads
-        if name not in shares or not reader.reads_alone:
+        if name not in shares or not reader.reads_alone or not _plain(reader) or not _plain(traced[name]):
             continue
-        A, Z = capture.rows(model, batches, run, reader.module, device=device)
+        A, Z = capture.rows(model, batches, run, reader.matrix, device=device)
         gram = gather(LayerProgram(A, Z, epsilon=1.0, activation=None))
-        neurons = model.get_submodule(name).get_parameter("weight").shape[0]
+        neurons = traced[name].matrix.shape[0]
         candidates = torch.ones(A.shape[1], dtype=torch.bool, device=A.device)
         candidates[neurons:] = False
         count = min(int(shares[name] * neurons + 0.5), neurons - 1)
@@ -49,13 +50,18 @@ def supports(
         rows, columns = removed.get(layer.name), removed.get(layer.reads or "") if layer.reads_alone else None
         if rows is None and columns is None:
             continue
-        mask = torch.ones_like(layers.as_matrix(layer.module), dtype=torch.bool)
+        mask = torch.ones_like(layers.as_matrix(layer.matrix), dtype=torch.bool)
         if rows is not None:
             mask[rows.to(mask.device)] = False
         if columns is not None:
             mask[:, : len(columns)] &= ~columns.to(mask.device)
         found[layer.name] = mask
     return found
+
+
+def _plain(layer: TracedLayer) -> bool:
+    """Whether column j of the layer that reads this one can be neuron j: of ``nn.Linear``, without a BatchNorm in between."""
+    return isinstance(layer.module, nn.Linear) and layer.norm is None
 
 
 def least_needed(G: Tensor, C: Tensor, count: int, candidates: Tensor) -> Tensor:

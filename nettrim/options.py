@@ -43,6 +43,7 @@ class Options:
     seed: int
     on_failure: str
     neurons: int | None
+    recalibrate_batchnorm: bool
 
     def check(self) -> None:
         """Refuse what is out of range before anything is run (``epsilon`` is checked against the layers it is for).
@@ -68,6 +69,8 @@ class Options:
             raise ArgumentError(f"penalty='l0' was given with {only}; expected penalty='l1', which alone has that")
         if self.epsilon is None and self.consistency == "paper":
             raise ArgumentError("consistency='paper' was given without epsilon; expected 'relaxed': only budgets have the papers' constraints")
+        if not isinstance(self.recalibrate_batchnorm, bool):
+            raise ArgumentError(f"recalibrate_batchnorm={self.recalibrate_batchnorm!r}; expected True or False")
         if not isinstance(self.solver, str):
             raise ArgumentError(f"solver={self.solver!r}; expected the name of one, or 'auto'")
         check_solver(self.solver)

@@ -9,7 +9,7 @@ letter  shape     meaning
 ``W``   (M, N)    weights (torch's orientation); with a bias the last column is the bias
 ``Z``   (P, M)    pre-activations ``A Wᵀ``
 ``Y``   (P, M)    targets: the dense layer's outputs, after its ReLU if it has one
-``Ω``   (P, M)    ``Y > 0``; everything, for a layer without a ReLU behind it
+``Ω``   (P, M)    ``Y > 0`` (``Y > floor``); everything, for a layer without a ReLU behind it
 ``V``   (P, M)    upper bound of ``Z`` off Ω (paper's set; 0 unless given)
 ``D``   (P, M)    residual: ``z − y`` on Ω, ``max(z − v, 0)`` off Ω
 ``ω``   (M, N)    weights of the ℓ1 norm
@@ -78,7 +78,13 @@ class LayerProgram:
     consistency : {"relaxed", "paper"}
         Which set (see the module's docstring); without a ReLU the two are the same.
     upper : Tensor or ndarray, (P, M), optional
-        ``V`` of the paper's set (0 by default).
+        ``V`` of the paper's set (the floor by default).
+    floor : Tensor or ndarray, (M,), optional
+        Of ``activation="relu"``: the output is ``max(z, floor)``, neuron by neuron, 0 by default; Ω is ``y > floor``, and off Ω the floor takes the
+        place of 0. So a shift ``t`` between the layer and its ReLU, as a BatchNorm's, is no part of ``W``: ``max(z + t, 0) − t = max(z, −t)``.
+    ceiling : Tensor or ndarray, (M,), optional
+        Of ``activation="relu"`` and the relaxed set: the output is ``min(max(z, floor), ceiling)``, as ReLU6's; where ``y`` is the ceiling, only what
+        falls below it counts.
     l1_weights : float, Tensor or ndarray, (N,) or (M, N), optional
         ``ω ≥ 0`` (1 by default).
 
@@ -100,6 +106,8 @@ class LayerProgram:
     activation: str | None = field(default="relu", kw_only=True)
     consistency: str = field(default="relaxed", kw_only=True)
     upper: Tensor | None = field(default=None, kw_only=True)
+    floor: Tensor | None = field(default=None, kw_only=True)
+    ceiling: Tensor | None = field(default=None, kw_only=True)
     l1_weights: Tensor | float | None = field(default=None, kw_only=True)
     supports: Supports | None = field(init=False, repr=False)
     _rows: Rows = field(init=False, repr=False)
@@ -117,8 +125,20 @@ class LayerProgram:
         self._check_level()
         if self.upper is not None and not self.one_sided:
             raise ArgumentError("upper was given; it belongs to consistency='paper' with activation='relu'")
-        rows = Rows(self.inputs, self.targets, self.upper, nonnegative=self.relu)
+        for name in ("floor", "ceiling"):
+            if getattr(self, name) is not None and not self.relu:
+                raise ArgumentError(f"{name} was given with activation=None; it belongs to activation='relu'")
+        if self.ceiling is not None and self.consistency == "paper":
+            raise ArgumentError("ceiling was given with consistency='paper'; expected 'relaxed': the papers' set is the ReLU's")
+        floor = None if self.floor is None else as_rows(self.floor, "floor")
+        rows = Rows(self.inputs, self.targets, self.upper, floor=floor if floor is not None else torch.zeros(1) if self.relu else None)
+        if floor is not None:
+            floor = floor.to(rows.device, rows.dtype)
+            if floor.shape != (rows.outputs,):
+                raise ArgumentError(f"floor has shape {tuple(floor.shape)}; expected ({rows.outputs},), one for each neuron")
+        put("floor", floor)
         put("_rows", rows)
+        put("ceiling", self._check_ceiling())
         put("upper", rows.upper)
         for name in ("inputs", "targets"):
             if getattr(rows, name) is not None:
@@ -144,6 +164,16 @@ class LayerProgram:
             if value != 0 and not _SMALLEST <= value <= _LARGEST:
                 raise ArgumentError(f"{name}={value}; expected one whose square float64 holds, from {_SMALLEST:g} to {_LARGEST:g}: scale the data")
             object.__setattr__(self, name, value)
+
+    def _check_ceiling(self) -> Tensor | None:
+        if self.ceiling is None:
+            return None
+        ceiling = as_rows(self.ceiling, "ceiling").to(self._rows.device, self._rows.dtype)
+        if ceiling.shape != (self._rows.outputs,) or bool((ceiling <= (0 if self.floor is None else self.floor)).any()):
+            raise ArgumentError(f"ceiling has shape {tuple(ceiling.shape)}; expected ({self._rows.outputs},), one for each neuron, above its floor")
+        if any(bool((Y > ceiling).any()) for _, Y, _ in self._rows.target_chunks(self._rows.dtype)):
+            raise ArgumentError("targets hold numbers above the ceiling; expected outputs after the activation")
+        return ceiling
 
     def _expand_l1_weights(self) -> Tensor:
         given = 1.0 if self.l1_weights is None else self.l1_weights
@@ -222,9 +252,10 @@ class LayerProgram:
 
     @property
     def arrays(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``A``, ``Y``, ``V`` in float64, whole: for solvers that need them so."""
+        """``A``, ``Y``, ``V`` in float64, whole: for solvers that need them so (``V`` is None where it is 0)."""
         assert isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)
-        return self.inputs.double(), self.targets.double(), None if self.upper is None else self.upper.double()
+        upper = self.upper if self.upper is not None or self.floor is None else self.floor.expand_as(self.targets)
+        return self.inputs.double(), self.targets.double(), None if upper is None else upper.double()
 
     @property
     def relu(self) -> bool:
@@ -238,7 +269,18 @@ class LayerProgram:
     @property
     def omega(self) -> Tensor:
         """Ω, (P, M) bool."""
-        return torch.cat([Y > 0 if self.relu else torch.ones_like(Y, dtype=torch.bool) for _, Y, _ in self.target_chunks(self.dtype)])
+        return torch.cat([self.on_support(Y) for _, Y, _ in self.target_chunks(self.dtype)])
+
+    def on_support(self, Y: Tensor) -> Tensor:
+        """Ω of some rows of the targets, in any precision."""
+        if not self.relu:
+            return torch.ones_like(Y, dtype=torch.bool)
+        inside = Y > 0 if self.floor is None else Y > self.floor
+        return inside if self.ceiling is None else inside & (Y < self.ceiling)
+
+    def residual(self, Z: Tensor, Y: Tensor, V: Tensor | None) -> Tensor:
+        """``D`` of some rows (see :func:`nettrim.residual.residual`)."""
+        return residual(Z, Y, V, relu=self.relu, floor=self.floor, ceiling=self.ceiling)
 
     @property
     def target_norm(self) -> float:
@@ -285,15 +327,17 @@ class LayerProgram:
         zero = not bool(W.any())
         for _, A, Y, V in self.row_chunks() if not zero else ((rows, None, Y, V) for rows, Y, V in self.target_chunks(torch.float64)):
             Z = torch.zeros_like(Y) if A is None else torch.cat([A @ W[block].T.double() for block in self.neuron_blocks()], 1)
-            D = residual(Z, Y, V, relu=self.relu)
+            D = self.residual(Z, Y, V)
             if not self.relu:
                 total = float(D.square().sum())
                 on, out = on + (total if self.metric is None else float((self.weigh(D) * D).sum())), out + total
                 continue
             # summed apart: a difference of sums would see no excess below 1e-8 of the misfit
-            on += float(torch.where(Y > 0, D, 0.0).square().sum())
-            off += float(torch.where(Y > 0, 0.0, D).square().sum())
-            out += float((Z.clamp(min=0) - Y).square().sum())
+            inside = self.on_support(Y)
+            on += float(torch.where(inside, D, 0.0).square().sum())
+            off += float(torch.where(inside, 0.0, D).square().sum())
+            Z = Z.clamp(min=0) if self.floor is None else torch.maximum(Z, self.floor)
+            out += float(((Z if self.ceiling is None else torch.minimum(Z, self.ceiling)) - Y).square().sum())
         return Measures(on, off, math.sqrt(out))
 
     def weigh(self, D: Tensor) -> Tensor:
@@ -325,9 +369,9 @@ class LayerProgram:
         W = W.to(self.device, torch.float64)
         gradient = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         for _, A, Y, V in self.row_chunks():
-            D = residual(A @ W.T, Y, V, relu=self.relu)
+            D = self.residual(A @ W.T, Y, V)
             if self.one_sided:
-                D = torch.where(Y > 0, D, 0.0)
+                D = torch.where(self.on_support(Y), D, 0.0)
             gradient += 2 * self.weigh(D).T @ A
         return gradient
 
@@ -376,7 +420,7 @@ class LayerProgram:
 
         With ``Σ ω|w|``'s conjugate, every ``θ`` with ``|Aᵀθ| ≤ ω`` (``≤ λω`` for a penalised program) and ``θ ≥ 0`` off Ω gives
 
-        * budget: ``−⟨θ_Ω, y⟩ − ⟨θ_{Ωᶜ}, v⟩ − ε‖θ‖_F`` (the norm on Ω alone for the paper's set; ``v = 0`` for the relaxed one)
+        * budget: ``−⟨θ_Ω, y⟩ − ⟨θ_{Ωᶜ}, v⟩ − ε‖θ‖_F`` (the norm on Ω alone for the paper's set; ``v`` is the floor for the relaxed one)
         * penalised: ``−Σ_Ω (½θ² + θy) − Σ_{Ωᶜ} ½θ²`` (the last sum is ``⟨θ, v⟩`` for the paper's set)
 
         Any ``theta`` is made feasible first: clipped at 0 off Ω, projected to ``a_jᵀθ = 0`` for columns with ``ω_j = 0``, and scaled neuron

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nettrim import batchnorm, checkpoints, digests, fingerprints, layers, selection, trials
 from nettrim import calibration as calibrations
-from nettrim import checkpoints, digests, fingerprints, layers, selection, trials
 from nettrim.errors import ArgumentError
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
@@ -62,13 +62,15 @@ def prune(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     on_failure: str = "raise",
     neurons: int | None = None,
+    recalibrate_batchnorm: bool = False,
 ) -> PruneResult:
     """Prune a trained network by one convex program a layer, and certify the result.
 
     Parameters
     ----------
     model : nn.Module
-        Any module; its ``nn.Linear`` layers are pruned. It may be in train mode: it is run in evaluation mode and left as it was.
+        Any module; its layers of the types in :mod:`nettrim.layers` are pruned (docs/layers.md). It may be in train mode: it is run in evaluation
+        mode and left as it was.
     calibration : Tensor, tuple, mapping, or iterable of batches
         Unlabelled samples; labels are ignored by the rule of :func:`nettrim.calibration.runner`.
     epsilon : float or mapping
@@ -126,8 +128,8 @@ def prune(
     forward_fn : callable(model, batch), optional
         Where ``model(batch)`` is not how a batch is run.
     max_rows : int, optional
-        Solve on at most that many rows a layer, drawn with ``seed``. Where rows are left out the promise is on those drawn, and there is no
-        network bound.
+        Solve on at most that many rows a layer (samples, tokens, patches), drawn uniformly with ``seed``. Promises are about all rows, and
+        measured on all.
     seed : int
         Of the samples kept out and the rows drawn.
     device : optional
@@ -148,6 +150,9 @@ def prune(
     neurons : int, optional
         Layers with more outputs are solved in blocks of at most so many, side by side where there is an ``executor``: budgets with the ℓ1 penalty and
         the relaxed set, ``"neuron"``, and ``"n:m"`` with ``fidelity="layer"`` (docs/scaling.md says why not the others).
+    recalibrate_batchnorm : bool
+        Estimate the running statistics of the pruned network's BatchNorms again, on the samples solved on. What is measured of the network is
+        measured with them; the layers' promises are about the dense network's, and there is no network bound.
 
     Returns
     -------
@@ -170,7 +175,7 @@ def prune(
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     options = Options(
         epsilon, sparsity, budget, pattern, allocation, fidelity, repair, preserve_zeros, mode, gamma, kappa, consistency, penalty, reweight,
-        solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure, neurons,
+        solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure, neurons, recalibrate_batchnorm,
     )  # fmt: skip
     options.check()
     options = options.resolved()
@@ -206,7 +211,8 @@ def prune(
             result = dataclasses.replace(result, report=dataclasses.replace(result.report, options=noted))
         result = dataclasses.replace(result, report=digests.sign(result.report, model, result.model, found))
         if inplace:
-            before.keep_weights([model.get_submodule(layer.name) for layer in result.report.layers])
+            here = layers.matrices(model)
+            before.keep_weights([here[layer.name].module for layer in result.report.layers])
             result = _transfer(result, model)
         return result
     except BaseException:
@@ -217,6 +223,9 @@ def prune(
 def _transfer(result: PruneResult, model: nn.Module) -> PruneResult:
     """The result in the model itself."""
     with turn():
+        there, here = layers.matrices(result.model), layers.matrices(model)
         for layer in result.report.layers:
-            layers.write_back(model.get_submodule(layer.name), layers.as_matrix(result.model.get_submodule(layer.name)))
+            layers.write_back(here[layer.name], layers.as_matrix(there[layer.name]))
+        if result.report.options["recalibrate_batchnorm"]:
+            batchnorm.transfer(result.model, model)
     return PruneResult(model, result.masks, result.report)

@@ -1,9 +1,10 @@
 """One forward pass, recorded: which layers ran, and what became of the output of each.
 
 Module hooks say where a supported layer begins and ends; between layers a dispatch mode sees every tensor operation.
-The result of a layer is a *value*: its pre-activation, and what a ReLU makes of it, its post-activation. A value is
+The result of a layer is a *value*: its pre-activation, and what a BatchNorm and an activation make of it. A value is
 followed by the storage that holds it, so that views, reshapes and in-place operations need no special care: a tensor
-*is* the value if it covers all of it once, in any order of the elements; any other use counts as another use.
+*is* the value if it covers all of it once, in any order of the elements; any other use counts as another use. Maxima of
+it (pooling) count as the value for an activation that never falls: the two could as well have changed places.
 """
 
 from __future__ import annotations
@@ -19,48 +20,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nettrim import layers
+from nettrim.activations import RELU, find, find_norm
 from nettrim.capture import tensors_in
+from nettrim.values import Cell, Stage, Step, Value, common_way, step_name
 
 _ATEN = torch.ops.aten
-_RELU = {_ATEN.relu.default, _ATEN.relu_.default}
-_CLAMP = {_ATEN.clamp.default, _ATEN.clamp_.default, _ATEN.clamp_min.default, _ATEN.clamp_min_.default}
-_THRESHOLD = {_ATEN.threshold.default, _ATEN.threshold_.default}
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
+_MAXIMA = {
+    _ATEN.max_pool2d_with_indices.default,
+    _ATEN.max_pool3d_with_indices.default,
+    _ATEN.adaptive_max_pool2d.default,
+    _ATEN.adaptive_max_pool3d.default,
+}
 
-
-@dataclass(eq=False)
-class _Value:
-    """The output of one call of a layer."""
-
-    layer: str
-    relu: bool = False
-    other_use: str | None = None  # the first use of the pre-activation that is no ReLU
-    uses: list[str] = field(default_factory=list)  # every use, before or after the ReLU, but the ReLU itself
-
-    def used_by(self, what: object, *, after: bool) -> None:
-        self.uses.append(str(what))
-        if not after:
-            self.other_use = self.other_use or str(what)
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """What a storage holds: a value, before or after its ReLU, at one place in the storage."""
-
-    value: _Value
-    after: bool
-    offset: int
-    numel: int
-    dtype: torch.dtype
-
-    def is_whole(self, tensor: Tensor) -> bool:
-        """Whether the tensor covers the value's elements once each, as they are."""
-        place = (tensor.storage_offset(), tensor.numel(), tensor.dtype)
-        same = place == (self.offset, self.numel, self.dtype)
-        return same and _is_dense(tensor) and not tensor.is_neg() and not tensor.is_conj()
-
-
-Reading = tuple[str, bool] | None  # the layer whose value was read, and whether after a ReLU
+Reading = tuple[str, Stage] | None  # the layer whose value was read, and at which stage
 
 
 @dataclass
@@ -73,17 +47,22 @@ class PassRecord:
     values : the outputs, in the same order
     reads : of what each layer's input exactly is the value, if of any
     returned : of what the model's output exactly is the value, if it is one tensor
+    refused : calls that a layer cannot be read from, with the reason
+    spread : by what factor rows can differ more than inputs do, of layers whose output is followed
+    rows : how many rows there are
     """
 
     calls: list[str] = field(default_factory=list)
-    values: list[_Value] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
     reads: dict[str, Reading] = field(default_factory=dict)
     returned: Reading = None
+    refused: dict[str, str] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
-    def relu(self, name: str) -> bool:
-        """Whether everything that the layer put out went through ReLU and nowhere else."""
-        values = [value for value in self.values if value.layer == name]
-        return bool(values) and all(value.relu and value.other_use is None for value in values)
+    def way(self, name: str) -> tuple[Step, ...]:
+        """The steps that everything the layer put out took, and nothing else happened to it before."""
+        return common_way([value.way() for value in self.values if value.layer == name])
 
     def sole_reader(self, name: str) -> str | None:
         """The layer whose input is the one use of what the layer put out; None where there are other uses, or none."""
@@ -103,12 +82,12 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.modules = modules
         self.seen = PassRecord()
-        self.cells: dict[StorageWeakRef, _Cell] = {}  # weak: the activations are freed as without the trace
+        self.cells: dict[StorageWeakRef, Cell] = {}  # weak: the activations are freed as without the trace
         self.inside = False  # a layer's forward: what it does with its own input and weights is no other use
         self.used_outside: dict[str, str] = {}
         self.weights: dict[StorageWeakRef, list[tuple[str, tuple[int, int]]]] = {}
         for name, module in modules.items():
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():
                 self.weights.setdefault(storage_of(parameter), []).append((name, extent_of(parameter)))
 
     @contextmanager
@@ -119,23 +98,36 @@ class Recorder(TorchDispatchMode):
                 before, after = self._hooks_of(name)
                 # last before and first behind the layer's own forward, so that other hooks count as other operations
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after, prepend=True, always_call=True).remove)
+                stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True).remove)
             yield
 
     def _hooks_of(self, name: str) -> tuple[Any, Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
-            self.seen.reads[name] = self._read(x, _input_of(name)) if isinstance(x, Tensor) else None
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            readings = [self._read(x, _input_of(name)) for x in tensors]
+            self.seen.reads[name] = readings[0] if readings else None
+            kind = layers.find_kind(module)
+            reason = None if kind is None else kind.refuses_call(module, args, kwargs)
+            if reason is not None:
+                self.seen.refused.setdefault(name, reason)
             self.inside = True
 
-        def after(module: nn.Module, args: tuple[Any, ...], out: Tensor | None) -> None:
-            self.inside = False
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             if out is None:  # the forward raised
+                self.inside = False
                 return
-            value = _Value(name)
+            value = Value(name)
             self.seen.calls.append(name)
             self.seen.values.append(value)
-            self._put(out, value, after=False)
+            kind = layers.find_kind(module)
+            if isinstance(out, Tensor) and kind is not None and kind.observed:
+                part, call = kind.parts(module)[0], layers.Call(args, kwargs, out)
+                self.seen.spread[name] = max(kind.spread(module, part, call), self.seen.spread.get(name, 1.0))
+                self.seen.rows[name] = self.seen.rows.get(name, 0) + len(kind.outputs(module, part, call))
+                # without a batch, a convolution's outputs come first
+                place = kind.channel if kind.channel < 0 or out.dim() > 1 + len(getattr(module, "kernel_size", ())) else 0
+                self._put(out, value, (), (out.shape[place], out.stride(place)) if out.dim() else None)
+            self.inside = False
 
         return before, after
 
@@ -143,13 +135,13 @@ class Recorder(TorchDispatchMode):
         cell = self.cells.get(storage_of(tensor)) if _has_storage(tensor) else None
         if cell is None:
             return None
-        cell.value.used_by(reader, after=cell.after)
-        return (cell.value.layer, cell.after) if cell.is_whole(tensor) else None
+        cell.value.used_by(reader, cell.stage)
+        return (cell.value.layer, cell.stage) if cell.is_whole(tensor) and not cell.pooled else None
 
-    def _put(self, tensor: Tensor, value: _Value, *, after: bool) -> None:
+    def _put(self, tensor: Tensor, value: Value, stage: Stage, channel: tuple[int, int] | None, *, pooled: bool = False) -> None:
         if _has_storage(tensor):
-            cell = _Cell(value, after, int(tensor.storage_offset()), tensor.numel(), tensor.dtype)
-            self.cells[storage_of(tensor)] = cell
+            place = int(tensor.storage_offset()), tensor.numel(), tensor.dtype
+            self.cells[storage_of(tensor)] = Cell(value, stage, *place, channel, pooled)
 
     def finish(self, output: Any) -> None:
         """Note what the model returns; its values are then used outside the network."""
@@ -160,7 +152,7 @@ class Recorder(TorchDispatchMode):
         """Note values that outlive the forward pass: the model, or a hook, keeps them for a use."""
         for storage, cell in self.cells.items():
             if not storage.expired():
-                cell.value.used_by("something that keeps it after the forward pass", after=cell.after)
+                cell.value.used_by("something that keeps it after the forward pass", cell.stage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -182,31 +174,43 @@ class Recorder(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _has_storage(leaf)]
         written = any(tensor is leaf for leaf in _written(func, args, kwargs))
         whole = cell.is_whole(tensor)
-        if whole and args and tensor is args[0] and _is_relu(func, args, kwargs):
-            cell.value.relu = True
-            self._put(out, cell.value, after=True)  # in place this is the same storage, which held the pre-activation
+        step = self._step(cell, tensor, func, args, kwargs) if whole and args and tensor is args[0] else None
+        if step is not None:
+            cell.value.steps.setdefault(cell.stage, []).append(step)
+            # in place this is the same storage, which held the value before the step
+            self._put(results[0], cell.value, (*cell.stage, step_name(step)), _channel_of(cell, tensor, results[0]), pooled=cell.pooled)
+        elif whole and cell.active and args and tensor is args[0] and cell.stage[-1] == "relu" and find(func, args, kwargs) == RELU:
+            self._put(results[0], cell.value, cell.stage, cell.channel, pooled=cell.pooled)  # once more changes nothing
         elif whole and func in _COPIES and out.numel() == tensor.numel() and out.dtype == tensor.dtype:
-            self._put(out, cell.value, after=cell.after)
+            self._put(out, cell.value, cell.stage, _channel_of(cell, tensor, out), pooled=cell.pooled)
+        elif whole and func in _MAXIMA and not cell.active and not written:
+            self._put(results[0], cell.value, cell.stage, None, pooled=True)
         elif not written and results and all(storage_of(leaf) == storage and cell.is_whole(leaf) for leaf in results):
             pass  # a view of the whole value: the storage says so itself
         else:
-            cell.value.used_by(func, after=cell.after)
+            cell.value.used_by(func, cell.stage)
             if written:
                 del self.cells[storage]
+
+    def _step(self, cell: Cell, tensor: Tensor, func: Any, args: Any, kwargs: Any) -> Step | None:
+        """The step that the operation is, if the value can take it at its stage."""
+        if cell.active:
+            return None
+        activation = find(func, args, kwargs)
+        if activation is not None:
+            return activation if activation.monotone or not cell.pooled else None
+        norm = None if cell.stage or cell.pooled else find_norm(func, args)
+        return norm if norm is not None and cell.dimension(tensor) == 1 else None
+
+
+def _channel_of(cell: Cell, before: Tensor, after: Tensor) -> tuple[int, int] | None:
+    """The dimension that counts outputs, in what an operation on all entries alike has made of a tensor."""
+    place = cell.dimension(before)
+    return None if place is None or after.dim() != before.dim() else (after.shape[place], after.stride(place))
 
 
 def _input_of(name: str) -> str:
     return f"layer {name!r}"
-
-
-def _is_relu(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    if func in _RELU:
-        return True
-    if func in _CLAMP:
-        low = args[1] if len(args) > 1 else kwargs.get("min")
-        high = args[2] if len(args) > 2 else kwargs.get("max")
-        return low is not None and low == 0 and high is None
-    return func in _THRESHOLD and tuple(args[1:]) == (0, 0)
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
@@ -243,13 +247,3 @@ def extent_of(tensor: Tensor) -> tuple[int, int]:
 def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether two ranges of bytes share any."""
     return max(a[0], b[0]) < min(a[1], b[1])
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's elements lie without gap or overlap, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((st, si) for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

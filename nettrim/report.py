@@ -31,11 +31,11 @@ class LayerReport:
     Attributes
     ----------
     name : str
-        Qualified name of the module in the model.
+        Qualified name of the module in the model, and behind it that of the matrix where it holds several (docs/layers.md).
     shape : tuple of int
         (M, N): outputs and inputs of the weight matrix, without the bias.
     rows : int
-        P, the calibration rows that the program was solved on.
+        P, the calibration rows (samples, tokens, patches) that the promise is about.
     nonzeros : int
         Entries of the weight matrix that are kept.
     density : float
@@ -66,11 +66,12 @@ class LayerReport:
     solver : str
         Name of the solver that was used.
     activation : str or None
-        ``"relu"`` where a ReLU follows the layer.
+        ``"relu"`` where a ReLU follows the layer; the name of another activation that does.
     weight_bytes : int
         Of the weight matrix in its dtype, stored dense.
     history : tuple of HistoryPoint
-        How the solver's objective and bound came together (see :class:`nettrim.Solution`); with more than one solve, that of the last one.
+        How the solver's objective and bound came together (see :class:`nettrim.Solution`); with more than one solve, that of the last one; empty
+        for a layer of several groups.
     """
 
     name: str

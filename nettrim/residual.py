@@ -38,16 +38,21 @@ class Measures:
         return math.sqrt(self.on_support + self.off_support)
 
 
-def residual(Z: Tensor, Y: Tensor, V: Tensor | None = None, *, relu: bool = True) -> Tensor:
+def residual(
+    Z: Tensor, Y: Tensor, V: Tensor | None = None, *, relu: bool = True, floor: Tensor | None = None, ceiling: Tensor | None = None
+) -> Tensor:
     """``D``: ``z − y`` on Ω and ``max(z − v, 0)`` off Ω (everywhere ``z − y`` without a ReLU).
 
     ``Z − D`` is the projection of ``Z`` onto ``{z = y on Ω, z ≤ v off Ω}``, and for ``V = 0`` half the square of ``D``'s norm has ``D`` as its
-    gradient with respect to ``Z``. Shapes: all (P, M).
+    gradient with respect to ``Z``. Shapes: all (P, M); with a ``floor``, (M,), Ω is ``y > floor``, and the floor takes the place of 0;
+    with a ``ceiling``, (M,), it is ``min(z − y, 0)`` where ``y`` has reached that.
     """
     D = Z - Y
     if not relu:
         return D
+    above = Y if floor is None else Y - floor
     if V is not None:
-        return torch.where(Y > 0, D, (Z - V).clamp(min=0))
-    # off Ω, where y = 0, max(z, 0); on Ω nothing is below the bound: several times as fast as where, and the same to the bit
-    return torch.maximum(D, torch.sign(Y).mul_(-torch.finfo(Y.dtype).max), out=D)
+        return torch.where(above > 0, D, (Z - V).clamp(min=0))
+    # off Ω, where y = floor, max(z − y, 0); on Ω nothing is below the bound: several times as fast as where, and the same to the bit
+    D = torch.maximum(D, torch.sign(above).mul_(-torch.finfo(Y.dtype).max), out=D)
+    return D if ceiling is None else torch.where(Y < ceiling, D, D.clamp(max=0))

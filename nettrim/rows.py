@@ -46,9 +46,16 @@ def as_rows(value: object, name: str, like: Tensor | None = None) -> Tensor:
     return tensor
 
 
-def _check_sign(targets: Tensor, nonnegative: bool) -> None:
-    if nonnegative and any(bool((chunk < 0).any()) for chunk in targets.split(max(1, CHUNK_ELEMENTS // max(1, targets.shape[-1])))):
-        raise ArgumentError("targets hold negative numbers; with activation='relu' they are outputs after the ReLU (or pass activation=None)")
+def _check_floor(targets: Tensor, floor: Tensor | None) -> None:
+    if floor is None:
+        return
+    floor = floor.to(targets)
+    if any(bool((chunk < floor).any()) for chunk in targets.split(max(1, CHUNK_ELEMENTS // max(1, targets.shape[-1])))):
+        raise ArgumentError(
+            "targets hold "
+            + ("numbers below the floor" if bool(floor.any()) else "negative numbers")
+            + "; with activation='relu' they are outputs after the ReLU (or pass activation=None)"
+        )
 
 
 def _batches(pairs: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -81,8 +88,8 @@ class Rows:
         array beside streamed ``inputs``; two streams must yield chunks of the same lengths.
     upper : Tensor, optional
         For arrays only.
-    nonnegative : bool
-        Whether targets below 0 are refused: those of a layer before a ReLU.
+    floor : Tensor, (1,) or (M,), optional
+        Targets below it are refused: those of a layer before a ReLU.
 
     Raises
     ------
@@ -90,7 +97,7 @@ class Rows:
         Shapes, dtypes or values that don't fit. A stream is read once to count and to check its rows.
     """
 
-    def __init__(self, inputs: object, targets: object, upper: object = None, *, nonnegative: bool = False) -> None:
+    def __init__(self, inputs: object, targets: object, upper: object = None, *, floor: Tensor | None = None) -> None:
         self._stream: Stream | None = None
         self._target_stream: Stream | None = None
         self.inputs: Tensor | None = None
@@ -103,7 +110,7 @@ class Rows:
                 self._target_stream = targets
             else:
                 self.targets = as_rows(targets, "targets")
-            self._read_once(nonnegative)
+            self._read_once(floor)
         else:
             self.inputs = as_rows(inputs, "inputs")
             self.targets = as_rows(targets, "targets", like=self.inputs)
@@ -111,7 +118,7 @@ class Rows:
                 raise ArgumentError(
                     f"inputs have shape {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)}; expected (P, N) and (P, M)"
                 )
-            _check_sign(self.targets, nonnegative)
+            _check_floor(self.targets, floor)
             self.count, self.width = self.inputs.shape
             self.outputs = self.targets.shape[1]
             self.dtype, self.device = self.inputs.dtype, self.inputs.device
@@ -125,7 +132,7 @@ class Rows:
     def streamed(self) -> bool:
         return self._stream is not None
 
-    def _read_once(self, nonnegative: bool) -> None:
+    def _read_once(self, floor: Tensor | None) -> None:
         """Count a stream's rows and check them; its first chunk says width, dtype and device."""
         self.count, self.width, self.outputs = 0, 0, 0
         for A, Y in self._pairs():
@@ -133,7 +140,7 @@ class Rows:
                 self.width, self.dtype, self.device, self.outputs = A.shape[1], A.dtype, A.device, Y.shape[1]
             if A.shape != (len(Y), self.width) or Y.shape[1] != self.outputs:
                 raise ArgumentError(f"a chunk of the stream has inputs {tuple(A.shape)} and targets {tuple(Y.shape)}; expected rows of one width")
-            _check_sign(Y, nonnegative)
+            _check_floor(Y, floor)
             self.count += len(A)
         if self.targets is not None and len(self.targets) != self.count:
             raise ArgumentError(f"the stream of inputs has {self.count} rows and targets {len(self.targets)}; expected as many")

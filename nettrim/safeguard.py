@@ -61,7 +61,7 @@ class Before:
 
     def keep_weights(self, modules: list[nn.Module]) -> None:
         """Copy the parameters of these layers: they are about to be written into."""
-        self._weights = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters(recurse=False)]
+        self._weights = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters()]
 
     def put_back(self) -> None:
         """Make the model what it was."""

@@ -16,8 +16,13 @@ from nettrim.tracing import Trace
 Pattern = str | type[nn.Module]
 
 
-def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
-    """Whether ``pattern`` means the module ``name``: its type, ``"re:<full match>"``, a glob, or the name itself."""
+def matches(pattern: Pattern, name: str, module: nn.Module, owner: str | None = None) -> bool:
+    """Whether ``pattern`` means the layer ``name``: its type, ``"re:<full match>"``, a glob, or the name itself.
+
+    Of a module ``owner`` that holds several layers, its name means all of them.
+    """
+    if owner is not None and owner != name and matches(pattern, owner, module):
+        return True
     if isinstance(pattern, type):
         return isinstance(module, pattern)
     if pattern.startswith("re:"):
@@ -28,12 +33,12 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
-def _check(patterns: Iterable[object], argument: str, known: Mapping[str, nn.Module]) -> list[Pattern]:
+def _check(patterns: Iterable[object], argument: str, known: Mapping[str, tuple[nn.Module, str]]) -> list[Pattern]:
     checked: list[Pattern] = []
     for pattern in patterns:
         if not (isinstance(pattern, str) or (isinstance(pattern, type) and issubclass(pattern, nn.Module))):
             raise ArgumentError(f"{argument} holds {pattern!r}; expected a name, a glob, 're:...' or a module type")
-        if not any(matches(pattern, name, module) for name, module in known.items()):
+        if not any(matches(pattern, name, *found) for name, found in known.items()):
             raise ArgumentError(
                 f"{argument}: {pattern!r} matches no module of the model; layers that could be meant: {', '.join(known) or 'none'}"
             )
@@ -53,15 +58,16 @@ def select(
     """
     traced = {layer.name: layer for layer in trace.layers}
     modules = dict(model.named_modules())  # a model's own parameters are skipped under its type's name
-    known = {name: modules.get(name, model) for name in (*traced, *trace.skipped)}
+    known = {name: (modules.get(name, model), name) for name in trace.skipped}
+    known |= {name: (layer.module, layer.module_name) for name, layer in traced.items()}
     wanted = None if targets is None else _check(listed(targets, "targets"), "targets", known)
     unwanted = _check(listed(ignore, "ignore"), "ignore", known)
     chosen: list[str] = []
     skipped = dict(trace.skipped)
     for name, layer in traced.items():
-        if any(matches(pattern, name, layer.module) for pattern in unwanted):
+        if any(matches(pattern, name, *known[name]) for pattern in unwanted):
             skipped[name] = "ignored, as asked"
-        elif wanted is not None and not any(matches(pattern, name, layer.module) for pattern in wanted):
+        elif wanted is not None and not any(matches(pattern, name, *known[name]) for pattern in wanted):
             skipped[name] = "not among the targets"
         elif layer.skip_reason is not None:
             skipped[name] = layer.skip_reason
@@ -69,7 +75,7 @@ def select(
             chosen.append(name)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "it has no layers with weights"
-        raise ArgumentError(f"the model has no layer to prune ({reasons}); expected at least one nn.Linear that runs once a forward")
+        raise ArgumentError(f"the model has no layer to prune ({reasons}); expected at least one of a supported type that runs once a forward")
     return chosen, skipped
 
 
@@ -89,7 +95,7 @@ def listed(patterns: Iterable[Pattern] | Pattern, argument: str) -> list[Pattern
 
 
 def per_layer(
-    model: nn.Module, names: list[str], given: object, argument: str, checked: Callable[[object, str], float], skipped: dict[str, str]
+    trace: Trace, names: list[str], given: object, argument: str, checked: Callable[[object, str], float], skipped: dict[str, str]
 ) -> dict[str, float]:
     """What is given for every layer: one number for all, or a mapping.
 
@@ -103,12 +109,12 @@ def per_layer(
     """
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, checked(given, argument))
-    known = {name: model.get_submodule(name) for name in names}
+    known = {layer.name: (layer.module, layer.module_name) for layer in trace.layers if layer.name in names}
     keys = _check(given, argument, known)
     values = {key: checked(given[key], f"{argument}[{key!r}]") for key in keys}
     found: dict[str, float] = {}
-    for name, module in known.items():
-        by_order = [name] * (name in values) + [key for key in keys if matches(key, name, module)]
+    for name, own in known.items():
+        by_order = [name] * (name in values) + [key for key in keys if matches(key, name, *own)]
         if by_order:
             found[name] = values[by_order[0]]
         else:

@@ -7,12 +7,16 @@ To first order an error ``δz`` (M,) of a layer's pre-activations moves the outp
 ``S`` (M, M) is the mean of ``g gᵀ`` over the gradients ``g`` of ``⟨v, f⟩`` for random signs ``v`` (``E v vᵀ = I``; Hutchinson's estimator): a
 backward pass gives it for every layer at once. It is the output
 factor of K-FAC's Gauss-Newton matrix (Martens, Grosse, ICML 2015), ``G = AᵀA`` the other.
+
+Of a matrix whose pre-activations no module puts out (the inner ones of attention and of recurrent layers) only the weights' gradient can be asked
+for, ``H = ∂⟨v, f⟩/∂W = Σ_p g_p a_pᵀ``. Random signs make its terms uncorrelated, so the mean of ``H Hᵀ`` is about ``S Σ_p ‖a_p‖²``.
+With a BatchNorm folded in, errors are those of ``s z``, and gradients are divided by ``s``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.capture import evaluation, tensors_in
+from nettrim.tracing import TracedLayer
 
 _DRAWS = 4  # of signs a batch
 _SAMPLES = 2000  # of rows that are enough for a mean
@@ -28,36 +33,54 @@ _WIDEST = 4096  # outputs up to which S is a matrix; above it is its diagonal
 _DAMPING = 0.1  # of the mean diagonal: errors that the output does not feel to first order are not free
 
 
-def output_metrics(model: nn.Module, batches: list[Any], run: Run, names: list[str], seed: int) -> dict[str, Tensor] | None:
-    """``S`` (M, M) float64 of the layers ``names``, damped; its diagonal (M,) for very wide ones; None where no gradient comes through the network.
+def output_metrics(model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int) -> dict[str, Tensor] | None:
+    """``S`` (M, M) float64 of the layers ``wanted``, damped; its diagonal (M,) for very wide ones; None where no gradient comes through the network.
 
     The model is run in evaluation mode and left as it was; no gradient of its parameters is touched.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
-    rows: dict[str, int] = dict.fromkeys(names, 0)
-    with evaluation(model), torch.enable_grad(), _without_parameter_gradients(model):
+    sizes: dict[str, float] = dict.fromkeys((layer.name for layer in wanted), 0.0)
+    rows: dict[str, int] = dict.fromkeys(sizes, 0)
+    outer = [layer for layer in wanted if layer.matrix.kind.observed]
+    inner = [layer for layer in wanted if not layer.matrix.kind.observed]
+
+    def add(layer: TracedLayer, g: Tensor, size: float, count: int) -> None:
+        """Gradients, a row each, whose products' mean is that over ``size``."""
+        if layer.norm is not None:
+            scale = layer.norm.scale.to(g)
+            g = torch.where(scale != 0, g / torch.where(scale != 0, scale, 1.0), 0.0)
+        part = g.T @ g if g.shape[1] <= _WIDEST else g.square().sum(0)
+        sums[layer.name] = sums[layer.name] + part if layer.name in sums else part
+        sizes[layer.name] += size
+        rows[layer.name] += count
+
+    # fused recurrent kernels have no gradient in evaluation mode
+    with evaluation(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=not inner), _gradients_of(model, inner):
         for index, batch in enumerate(batches):
             seen: dict[str, Tensor] = {}
-            with _outputs(model, names, seen):
+            given: dict[str, tuple[float, int]] = {}
+            with _watched(outer, inner, seen, given):
                 output = run_batch(model, batch, index, run)
             ends = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
-            if not ends or set(seen) != set(names):
+            if not ends or {*seen, *given} != set(sizes):
                 return None
+            asked = [*(seen[layer.name] for layer in outer), *(layer.matrix.weight for layer in inner)]
             for draw in range(_DRAWS):
                 signs = [torch.randint(0, 2, end.shape, generator=generator).to(end) * 2 - 1 for end in ends]
-                found = torch.autograd.grad(ends, list(seen.values()), signs, retain_graph=draw + 1 < _DRAWS, allow_unused=True)
-                for name, gradient in zip(seen, found, strict=True):
-                    if gradient is None:
-                        return None
-                    module = model.get_submodule(name)
-                    g = layers.output_rows(module, gradient).to(layers.compute_dtype(module))
-                    part = g.T @ g if g.shape[1] <= _WIDEST else g.square().sum(0)
-                    sums[name] = sums[name] + part if name in sums else part
-                    rows[name] += len(g)
+                found = torch.autograd.grad(ends, asked, signs, retain_graph=draw + 1 < _DRAWS, allow_unused=True)
+                if any(gradient is None for gradient in found):
+                    return None
+                for layer, gradient in zip(outer, found, strict=False):
+                    g = layers.output_rows(layer.matrix, gradient).to(layer.matrix.compute_dtype)
+                    add(layer, g, len(g), len(g))
+                for layer, gradient in zip(inner, found[len(outer) :], strict=True):
+                    part, kind = layer.matrix.part, layer.matrix.kind
+                    own = kind.to_matrix(layer.module, part, gradient if part.rows is None else gradient[part.rows])
+                    add(layer, own.T.to(layer.matrix.compute_dtype), *given[layer.name])
             if min(rows.values()) >= _DRAWS * _SAMPLES:
                 break
-    return {name: _damped(sums[name].double() / rows[name]) for name in names}
+    return {name: _damped(sums[name].double() / (sizes[name] or 1.0)) for name in sizes}
 
 
 def _damped(S: Tensor) -> Tensor:
@@ -70,10 +93,12 @@ def _damped(S: Tensor) -> Tensor:
 
 
 @contextmanager
-def _outputs(model: nn.Module, names: list[str], seen: dict[str, Tensor]) -> Iterator[None]:
-    """Note the layers' outputs, each with a gradient to be asked for."""
+def _watched(
+    outer: list[TracedLayer], inner: list[TracedLayer], seen: dict[str, Tensor], given: dict[str, tuple[float, int]]
+) -> Iterator[None]:
+    """Note the outputs of some layers, each with a gradient to be asked for, and of others how much they were given: ``Σ ‖a_p‖²`` and rows."""
 
-    def hook_of(name: str) -> Any:
+    def output_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             out = out if out.requires_grad else out.detach().requires_grad_(True)
             seen[name] = out
@@ -81,21 +106,32 @@ def _outputs(model: nn.Module, names: list[str], seen: dict[str, Tensor]) -> Ite
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name), prepend=True) for name in names]
-    try:
+    def input_hook(layer: TracedLayer) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            with torch.no_grad():
+                x = layer.matrix.kind.inputs(module, layer.matrix.part, layers.Call(args, kwargs, out))
+            size, count = given.get(layer.name, (0.0, 0))
+            given[layer.name] = size + float(x.detach().double().square().sum()), count + len(x)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in outer:
+            stack.callback(layer.module.register_forward_hook(output_hook(layer.name), prepend=True).remove)
+        for layer in inner:
+            stack.callback(layer.module.register_forward_hook(input_hook(layer), prepend=True, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _gradients_of(model: nn.Module, wanted: list[TracedLayer]) -> Iterator[None]:
+    """Of all parameters only the weights of those layers ask for gradients."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    asked = {id(layer.matrix.weight) for layer in wanted}
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in asked)
         yield
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

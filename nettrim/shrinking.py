@@ -95,7 +95,7 @@ def shrink(model: nn.Module, sample: Any, *, forward_fn: Callable[[nn.Module, An
 
 def _pairs(found: Trace) -> list[_Pair]:
     """Layers whose output has one use, the input of another layer, in execution order."""
-    plain = {layer.name: layer for layer in found.layers if layer.skip_reason is None and _is_plain(layer.module)}
+    plain = {layer.name: layer for layer in found.layers if layer.skip_reason is None and layer.norm is None and _is_plain(layer.module)}
     pairs = [_Pair(plain[str(reader.reads)], reader) for reader in plain.values() if reader.reads_alone and reader.reads in plain]
     order = list(plain)
     # a flattened layer may be read by one with more inputs than it has neurons
@@ -219,8 +219,8 @@ def _shifts(pairs: list[_Pair], variable: dict[str, Tensor]) -> dict[str, Tensor
         value = torch.zeros(pair.neurons, dtype=torch.float64) if bias is None else bias.detach().to("cpu", torch.float64)
         if pair.layer.name in shifts:
             value = value + shifts[pair.layer.name]
-        if pair.layer.activation == "relu":
-            value = value.clamp(min=0)
+        if pair.layer.function is not None:
+            value = pair.layer.function(value)
         weight = pair.reader.module.get_parameter("weight").detach()
         shifts[pair.reader.name] = weight[:, constant.to(weight.device)].to("cpu", torch.float64) @ value[constant]
     return shifts

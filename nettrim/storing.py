@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from nettrim import layers
-from nettrim.budgets import Budget, Layer, misfit
-from nettrim.certificate import make_promise, rounding, stored_discrepancy
+from nettrim.budgets import Budget, misfit
+from nettrim.certificate import make_promise, output_norm, rounding, stored_discrepancy
 from nettrim.errors import ArgumentError
+from nettrim.layers import Matrix
+from nettrim.observing import Layer
 from nettrim.solvers import Solution, solve
-from nettrim.solvers.base import relative_gap
+from nettrim.solvers.base import relative_gap, stacked
 
 # How much of the budget each attempt leaves to rounding, in roundoffs of ‖Y‖, besides what the last one measured: the nearest stored weights
 # may stay the same ones while the budget shrinks by less than that.
@@ -44,69 +44,84 @@ class Stored:
     failure: str | None
 
 
-def store(module: nn.Module, layer: Layer, budget: Budget, solution: Solution, solver: str, tol: float, max_iter: int | None) -> Stored:
-    """Write a solution into ``module`` and measure it; where rounding to the parameter's dtype costs the promise, solve within what is left.
+def store(matrix: Matrix, layer: Layer, budget: Budget, solution: Solution, solver: str, tol: float, max_iter: int | None) -> Stored:
+    """Write a solution into ``matrix`` and measure it on all rows; where that costs the promise, solve within what is left.
 
-    Rounding adds a part to the squared discrepancy that hardly depends on the solution, so the next attempt's squared budget is lowered by it, and
-    by a margin that grows.
+    Rounding to the parameter's dtype adds a part to the squared discrepancy that hardly depends on the solution, so the next attempt's squared budget
+    is lowered by it, and by a margin that grows. Rows that the program did not see add a part in proportion to the budget, which is lowered so.
     After any failure the module holds what it held.
     """
     if solution.status not in ("optimal", "feasible"):
         return Stored(solution, math.inf, math.nan, _explain(solution, budget))
     if budget.promise is None:
-        return _store_as_is(module, layer, budget, solution)
-    before = layers.as_matrix(module)
-    lower_bound, program, discrepancy = solution.lower_bound, budget.program, math.inf
-    promised = program.epsilon or 0.0
-    roundoff = torch.finfo(before.dtype).eps * float(layer.targets.double().norm())
+        return _store_as_is(matrix, layer, budget, solution)
+    before = matrix.as_matrix()
+    lower_bound, discrepancy = solution.lower_bound, math.inf
+    promised = epsilon = budget.epsilon
+    roundoff = torch.finfo(before.dtype).eps * output_norm(layer) / layer.lipschitz
     for margin in _MARGINS:
         try:
-            layers.write_back(module, solution.weights)
+            layer.write(matrix, solution.weights)
         except ArgumentError as error:  # beyond the range of the dtype; the module is as it was
             return Stored(_unstored(solution), math.inf, budget.promise, str(error))
-        discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
+        discrepancy = stored_discrepancy(matrix, layer)
         if discrepancy <= budget.promise:
-            as_stored = _as_stored(solution, layers.as_matrix(module), budget, lower_bound, tol)
+            as_stored = _as_stored(solution, layer.read(matrix), budget, lower_bound, tol)
             return Stored(as_stored, discrepancy, budget.promise, None)
-        layers.write_back(module, before)
-        epsilon = program.epsilon or 0.0
-        left = epsilon**2 - 1.2 * (discrepancy**2 - min(solution.discrepancy, budget.promise) ** 2) - 1e-9 * epsilon**2
-        if not left > 0:
-            break
-        lowered = promised - margin * roundoff
-        program = dataclasses.replace(program, epsilon=min(math.sqrt(left), lowered) if lowered > 0 else math.sqrt(left))
-        again = solve(program, solver, tol=tol, max_iter=max_iter, initial=layer.dense)
+        matrix.write_back(before)
+        if layer.drawn is not None:
+            epsilon = epsilon * max(0.1, 0.98 * budget.promise / discrepancy)
+        else:
+            # in the program's own scale: an activation may make a discrepancy smaller, so that what is over is what counts
+            excess = (discrepancy**2 - min(layer.lipschitz * solution.discrepancy, budget.promise) ** 2) / layer.lipschitz**2
+            left = epsilon**2 - 1.2 * excess - 1e-9 * epsilon**2
+            if not left > 0:
+                break
+            lowered = promised - margin * roundoff
+            epsilon = min(math.sqrt(left), lowered) if lowered > 0 else math.sqrt(left)
+        again = _solve_within(layer, budget, epsilon / promised, solver, tol, max_iter)
         solution = dataclasses.replace(
             again, iterations=solution.iterations + again.iterations, seconds=solution.seconds + again.seconds
         )
         if solution.status not in ("optimal", "feasible"):
             break
-    dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
+    dtype = str(before.dtype).removeprefix("torch.")
+    way_out = "raise epsilon, or give the model in a wider dtype"
+    if layer.drawn is not None:
+        way_out = f"raise max_rows (now {len(layer.drawn[0])} of {layer.rows}), or epsilon"
     return Stored(
         _unstored(solution),
         math.inf,
         budget.promise,
-        f"stored in {dtype}, the layer's discrepancy is {discrepancy:.9g}, above the {budget.promise:.9g} promised; expected rounding to "
-        "cost less: raise epsilon, or give the model in a wider dtype",
+        f"stored in {dtype}, the layer's discrepancy is {discrepancy:.9g}, above the {budget.promise:.9g} promised; expected rounding"
+        f"{'' if layer.drawn is None else ', and the rows left out,'} to cost less: {way_out}",
     )
 
 
-def _store_as_is(module: nn.Module, layer: Layer, budget: Budget, solution: Solution) -> Stored:
+def _solve_within(layer: Layer, budget: Budget, share: float, solver: str, tol: float, max_iter: int | None) -> Solution:
+    """The programs again, every budget multiplied by ``share``."""
+    starts = layer.dense.split(len(layer.dense) // layer.groups)
+    programs = [dataclasses.replace(program, epsilon=(program.epsilon or 0.0) * share) for program in budget.programs]
+    pairs = zip(programs, starts, strict=True)
+    return stacked([solve(program, solver, tol=tol, max_iter=max_iter, initial=start) for program, start in pairs], tol)
+
+
+def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solution) -> Stored:
     """Write a solution that promises what it leaves: ``√F`` of the stored weights, and what rounding can add to it when the layer is run."""
-    before = layers.as_matrix(module)
+    before = matrix.as_matrix()
     try:
-        layers.write_back(module, solution.weights)
+        layer.write(matrix, solution.weights)
     except ArgumentError as error:
         return Stored(_unstored(solution), math.inf, math.nan, str(error))
-    promised = math.sqrt(misfit(layer, layers.as_matrix(module).to(layer.inputs)))
-    promise = make_promise(module, layer.inputs, layer.targets, layer.dense, promised, None)
-    epsilon = promised + rounding(module, promise.rows, promise.output_norm, promise.sums_norm)
-    discrepancy = stored_discrepancy(module, layer.inputs, layer.targets, layer.activation)
+    promise = make_promise(matrix, layer, math.sqrt(misfit(layer, layer.read(matrix))), None)
+    epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
+    discrepancy = stored_discrepancy(matrix, layer)
     if discrepancy <= epsilon:
-        objective = budget.program.objective(layers.as_matrix(module).to(solution.weights))
+        blocks = layer.read(matrix).to(solution.weights).split(len(layer.dense) // len(budget.programs))
+        objective = sum(program.objective(block) for program, block in zip(budget.programs, blocks, strict=True))
         rounded = dataclasses.replace(solution, objective=objective, gap=relative_gap(objective, solution.lower_bound))
         return Stored(rounded, discrepancy, epsilon, None)
-    layers.write_back(module, before)
+    matrix.write_back(before)
     reason = f"the stored layer's discrepancy is {discrepancy:.9g}; expected at most {epsilon:.9g}: is the layer what it computes?"
     return Stored(_unstored(solution), math.inf, epsilon, reason)
 
@@ -118,7 +133,8 @@ def _unstored(solution: Solution) -> Solution:
 
 def _as_stored(solution: Solution, matrix: torch.Tensor, budget: Budget, lower_bound: float, tol: float) -> Solution:
     """The solution as the parameter's dtype holds it, judged against the bound of the budget promised, not of one that left room for rounding."""
-    objective = budget.program.norm(matrix.to(solution.weights))
+    blocks = matrix.to(solution.weights).split(len(matrix) // len(budget.programs))
+    objective = sum(program.norm(block) for program, block in zip(budget.programs, blocks, strict=True))
     gap = relative_gap(objective, lower_bound)
     status = "optimal" if gap <= tol else "feasible"
     return dataclasses.replace(solution, objective=objective, lower_bound=lower_bound, gap=gap, status=status)
@@ -126,7 +142,7 @@ def _as_stored(solution: Solution, matrix: torch.Tensor, budget: Budget, lower_b
 
 def _explain(solution: Solution, budget: Budget) -> str:
     """Why a solver has no solution, and what would give one."""
-    epsilon, least = budget.program.epsilon or 0.0, solution.least_distance
+    epsilon, least = budget.epsilon, solution.least_distance
     if solution.status == "infeasible":
         text = f"no weights keep the budget {epsilon:.6g}"
         if least is None or not epsilon:

@@ -5,28 +5,34 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nettrim import layers
+from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run, run_batch
 from nettrim.capture import evaluation
+from nettrim.layers import Matrix
 from nettrim.recorder import PassRecord, Recorder, extent_of, overlap, storage_of
+from nettrim.values import common_way, step_name
 
 
 @dataclass(frozen=True)
 class TracedLayer:
-    """A supported layer that ran.
+    """A matrix of a supported layer that ran.
 
     Attributes
     ----------
     name : str
-        Qualified name in the model.
-    module : nn.Module
-    activation : "relu" or None
-        "relu" when, in every batch, the layer's output goes through ReLU and nowhere else.
+        Qualified name in the model: that of the module, and behind it, where a module holds several matrices, the matrix's.
+    module_name : str
+    matrix : Matrix
+    function : Activation or None
+        When, in every batch, the layer's output goes through it and nowhere else.
+    norm : Norm or None
+        An eval-mode BatchNorm that it goes through before that, and nowhere else.
     reads : str or None
         Name of the layer whose output, after its activation, is exactly this layer's input, in every batch.
     skip_reason : str or None
@@ -34,14 +40,35 @@ class TracedLayer:
     reads_alone : bool
         Whether nothing else uses what `reads` names: in no batch another operation, the model's output, or something
         that keeps it.
+    spread : float
+        By what factor rows can differ more than the layer's inputs do.
+    rows : int
+        How many rows there are in all batches.
     """
 
     name: str
-    module: nn.Module
-    activation: Literal["relu"] | None
+    module_name: str
+    matrix: Matrix
+    function: Activation | None
+    norm: Norm | None
     reads: str | None
     skip_reason: str | None
     reads_alone: bool = False
+    spread: float = 1.0
+    rows: int = 0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.matrix.module
+
+    @property
+    def activation(self) -> str | None:
+        """The name of the function; ``"relu"`` has a set of its own."""
+        return None if self.function is None else self.function.name
+
+    def of(self, model: nn.Module) -> Matrix:
+        """The same matrix of a copy of the model."""
+        return self.matrix.of(model.get_submodule(self.module_name))
 
 
 @dataclass(frozen=True)
@@ -93,15 +120,16 @@ def trace(model: nn.Module, batches: list[Any], run: Run) -> Trace:
 
     Notes
     -----
-    ReLU is relu, clamp with a minimum of 0 and no maximum, threshold(0, 0), and their in-place forms. Reshapes,
-    transposes, copies in the same dtype and dropout (off in evaluation mode) are looked through. Anything else done
-    with a pre-activation, returning it included, makes its layer one that is not followed by ReLU.
+    ReLU is relu, clamp with a minimum of 0 and no maximum, threshold(0, 0), and their in-place forms; the other activations are those of
+    :mod:`nettrim.activations`. Reshapes, transposes, copies in the same dtype and dropout (off in evaluation mode) are looked through, and so is
+    maximum pooling before an activation that never falls. Anything else done with a pre-activation, returning it included, makes its layer one
+    that is followed by nothing.
     """
     layers.check_parameters(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    supported = {aliases[0]: module for module, aliases in names.items() if layers.is_supported(module)}
+    supported = layers.owners(model)
     runs: list[PassRecord] = []
     used_outside: dict[str, str] = {}
     with evaluation(model):
@@ -117,36 +145,35 @@ def trace(model: nn.Module, batches: list[Any], run: Run) -> Trace:
     reasons = _static_reasons(names, supported)
     for name, found in _running_reasons(supported, runs, used_outside).items():
         reasons.setdefault(name, []).extend(found)
-    skipped = {name: "; ".join(found) for name, found in reasons.items()}
-    traced = _merge(supported, runs, skipped)
+    traced = _merge(supported, runs, {name: "; ".join(found) for name, found in reasons.items()})
+    of_module = {layer.module_name for layer in traced}
+    skipped = {layer.name: layer.skip_reason for layer in traced if layer.skip_reason is not None}
+    skipped |= {name: "; ".join(found) for name, found in reasons.items() if name not in of_module}
     not_chain_reason = _not_chain_reason(traced, runs)
     return Trace(traced, skipped, not_chain_reason is None, not_chain_reason)
 
 
 def _static_reasons(names: dict[nn.Module, list[str]], supported: dict[str, nn.Module]) -> dict[str, list[str]]:
     """Reasons that need no run: types, empty or reparametrised weights, parameters and modules that are shared."""
-    owners: dict[StorageWeakRef, list[tuple[str, str, tuple[int, int]]]] = {}
+    owners: dict[StorageWeakRef, list[tuple[str, tuple[int, int]]]] = {}
     for module, aliases in names.items():
         for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(storage_of(parameter), []).append((aliases[0], key, extent_of(parameter)))
+            path = f"{aliases[0]}.{key}".lstrip(".")
+            owners.setdefault(storage_of(parameter), []).append((path, extent_of(parameter)))
     reasons: dict[str, list[str]] = {}
     for module, aliases in names.items():
         name = aliases[0]
         if name not in supported:
-            inner = any(name.startswith(f"{layer}." if layer else "") for layer in supported)  # a parametrization
+            inner = any(name.startswith(f"{layer}." if layer else "") for layer in supported)  # a parametrization, a part of it
             if not inner and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
                 reasons[name or type(module).__name__] = [layers.unsupported_reason(module)]
             continue
         found = [reason] if (reason := layers.parameter_reason(module)) else []
         if len(aliases) > 1:
             found.append("the same module is registered as " + " and ".join(map(repr, aliases)))
-        for key, parameter in module.named_parameters(recurse=False):
-            extent = extent_of(parameter)
-            others = [
-                f"{other}.{other_key}".lstrip(".")
-                for other, other_key, other_extent in owners[storage_of(parameter)]
-                if other != name and overlap(extent, other_extent)
-            ]
+        for key, parameter in module.named_parameters():
+            extent, path = extent_of(parameter), f"{name}.{key}".lstrip(".")
+            others = [other for other, taken in owners[storage_of(parameter)] if other != path and overlap(extent, taken)]
             if others:
                 found.append(f"its {key} is shared with " + " and ".join(map(repr, others)))
         if found:
@@ -165,8 +192,7 @@ def _running_reasons(
         ran = [index for index, count in enumerate(counts) if count[name]]
         if not ran and name in used_outside:
             found.append(
-                f"its own forward never runs: its weight is used directly by {used_outside[name]} "
-                "(as nn.MultiheadAttention does with its out_proj)"
+                f"its own forward never runs: its weight is used directly by {used_outside[name]}"
             )
             continue
         if not ran:
@@ -175,8 +201,10 @@ def _running_reasons(
             missing = next(index for index in range(len(runs)) if index not in ran)
             found.append(f"ran in {len(ran)} of {len(runs)} calibration batches only (not in batch {missing})")
         most = max((count[name] for count in counts), default=0)
-        if most > 1:
+        kind = layers.find_kind(supported[name])
+        if most > 1 and not (kind is not None and kind.repeats):
             found.append(f"called {most} times in one forward pass")
+        found += dict.fromkeys(run.refused[name] for run in runs if name in run.refused)
         if name in used_outside:
             found.append(f"its weight or bias is also used outside its own forward, by {used_outside[name]}")
     for name, other, index in _disorder(runs):
@@ -212,9 +240,10 @@ def _order(runs: list[PassRecord]) -> list[str]:
     return order
 
 
-def _merge(supported: dict[str, nn.Module], runs: list[PassRecord], skipped: dict[str, str]) -> tuple[TracedLayer, ...]:
+def _merge(supported: dict[str, nn.Module], runs: list[PassRecord], reasons: dict[str, str]) -> tuple[TracedLayer, ...]:
     order = _order(runs)
-    relu = {name: all(run.relu(name) for run in runs) for name in order}
+    ways = {name: common_way([run.way(name) for run in runs if name in run.calls]) for name in order}
+    ends = {name: tuple(step_name(step) for step in way) for name, way in ways.items()}
     repeated = {name for run in runs for name, count in Counter(run.calls).items() if count > 1}
     merged = []
     for name in order:
@@ -222,11 +251,18 @@ def _merge(supported: dict[str, nn.Module], runs: list[PassRecord], skipped: dic
         reading = readings.pop() if len(readings) == 1 else None
         if reading is not None and repeated & {name, reading[0]}:
             reading = None  # which of the calls?
-        # a layer's output is the value after the ReLU exactly if the ReLU is all that follows it
-        reads = reading[0] if reading is not None and reading[1] == relu[reading[0]] else None
-        activation: Literal["relu"] | None = "relu" if relu[name] else None
+        # a layer's output is the value at the end of its way exactly if the way is all that follows it
+        reads = reading[0] if reading is not None and reading[1] == ends[reading[0]] else None
         alone = reads is not None and all(run.sole_reader(reads) == name for run in runs)
-        merged.append(TracedLayer(name, supported[name], activation, reads, skipped.get(name), alone))
+        norm = next((step for step in ways[name] if isinstance(step, Norm)), None)
+        function = next((step for step in ways[name] if isinstance(step, Activation)), None)
+        for matrix in layers.matrices_of(supported[name]):
+            own = reads if matrix.kind.observed else None
+            spread = max(run.spread.get(name, 1.0) for run in runs)
+            rows = sum(run.rows.get(name, 0) for run in runs)
+            reason = reasons.get(name)
+            alone_too = alone and own is not None
+            merged.append(TracedLayer(matrix.name_in(name), name, matrix, function, norm, own, reason, alone_too, spread, rows))
     return tuple(merged)
 
 
@@ -234,19 +270,27 @@ def _not_chain_reason(traced: tuple[TracedLayer, ...], runs: list[PassRecord]) -
     """Say where the network is no chain of its layers; None when it is one."""
     if not traced:
         return "no supported layer ran"
-    order = [layer.name for layer in traced]
+    order = list(dict.fromkeys(layer.module_name for layer in traced))
     for index, run in enumerate(runs):
         repeated = [name for name, count in Counter(run.calls).items() if count > 1]
         if repeated:
             return f"layer {repeated[0]!r} runs more than once in a forward pass"
         if run.calls != order:
             return f"calibration batch {index} does not run all layers in the same order as the others"
+    several = [layer.module_name for layer in traced if not layer.matrix.kind.observed]
+    if several:
+        return f"what {several[0]!r} does to a disturbed input is no product with one matrix"
     for previous, layer in pairwise(traced):
         if layer.reads != previous.name:
-            after = " after its ReLU" if previous.activation else ""
-            return f"the input of layer {layer.name!r} is not exactly the output of layer {previous.name!r}{after}"
+            return f"the input of layer {layer.name!r} is not exactly the output of layer {previous.name!r}{_behind(previous)}"
     last = traced[-1]
-    if any(run.returned != (last.name, last.activation == "relu") for run in runs):
-        after = " after its ReLU" if last.activation else ""
-        return f"the model's output is not exactly the output of its last layer {last.name!r}{after}"
+    end = tuple(step_name(step) for step in (last.norm, last.function) if step is not None)
+    if any(run.returned != (last.name, end) for run in runs):
+        return f"the model's output is not exactly the output of its last layer {last.name!r}{_behind(last)}"
     return None
+
+
+def _behind(layer: TracedLayer) -> str:
+    if layer.activation is None:
+        return "" if layer.norm is None else " after its BatchNorm"
+    return f" after its {'ReLU' if layer.activation == 'relu' else layer.activation}"

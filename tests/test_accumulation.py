@@ -6,9 +6,14 @@ from networks import chain, hooks_of, samples, solved_on, stages
 from torch import nn
 
 import nettrim
-from nettrim import accumulation, calibration
+from nettrim import accumulation, calibration, layers
+from nettrim.tracing import trace
 
 RUN = calibration.runner(None)
+
+
+def traced(model, batches):
+    return trace(model, batches, RUN).layers
 
 
 def through(found):
@@ -18,14 +23,14 @@ def through(found):
     ]
 
 
-@pytest.mark.parametrize("options", [{"mode": "parallel"}, {"mode": "cascade"}, {"mode": "cascade", "max_rows": 100}])
+@pytest.mark.parametrize("options", [{"mode": "parallel"}, {"mode": "cascade"}, {"mode": "cascade", "max_rows": 250}])
 def test_accumulated_is_that_of_the_whole_networks(digits_network, options):
     model, images, _, _ = digits_network
     result = nettrim.prune(model, images, epsilon=0.2, **options)
     expected = through(stages(model, result.model, solved_on(images)[0]))
     assert [layer.accumulated for layer in result.report.layers] == pytest.approx(expected, rel=1e-4)
     own = [layer.relative_discrepancy for layer in result.report.layers]
-    if options == {"mode": "cascade"}:
+    if options["mode"] == "cascade":
         assert [layer.accumulated for layer in result.report.layers] == own
     if options["mode"] == "parallel":
         assert result.report.layers[-1].accumulated > own[-1] * 1.1, "what the layers before left is in it"
@@ -65,7 +70,7 @@ def test_a_layer_that_does_not_run_alike_has_none():
     dense, other = Routed(True), Routed(False)
     other.load_state_dict(dense.state_dict())
     batches = [samples(10, 6, seed) for seed in range(6)]
-    found = accumulation.accumulated(dense, other, {"first": None, "second": None}, batches, RUN)
+    found = accumulation.accumulated(dense, other, traced(dense, batches), batches, RUN)
     assert found == {"first": 0.0, "second": None}
 
 
@@ -88,10 +93,10 @@ def test_little_memory_gives_the_same_figures_and_leaves_no_hook(digits_network,
     model, images, _, _ = digits_network
     pruned = nettrim.prune(model, images, epsilon=0.3, mode="parallel").model
     batches = calibration.batches(list(images.split(70)))
-    activations = {"0": "relu", "2": "relu", "4": None}
-    at_once = accumulation.accumulated(model, pruned, activations, batches, RUN)
+    wanted = traced(model, batches)
+    at_once = accumulation.accumulated(model, pruned, wanted, batches, RUN)
     monkeypatch.setattr(accumulation, "_ELEMENTS", 1)
-    assert accumulation.accumulated(model, pruned, activations, batches, RUN) == at_once
+    assert accumulation.accumulated(model, pruned, wanted, batches, RUN) == at_once
     assert at_once["4"] > 0 and hooks_of(model) == hooks_of(pruned) == 0
 
 
@@ -102,7 +107,26 @@ def test_an_output_of_zeros_is_no_division():
         for parameter in zero.parameters():
             parameter.zero_()
     batches = [samples(5, 4)]
-    assert accumulation.accumulated(zero, zero, {"0": None}, batches, RUN) == {"0": 0.0}
-    assert accumulation.accumulated(zero, other, {"0": None}, batches, RUN) == {"0": float("inf")}
-    assert accumulation.accumulated(model, zero, {"0": None}, batches, RUN) == {"0": 1.0}
-    assert accumulation.accumulated(model, zero, {}, batches, RUN) == {}
+    assert accumulation.accumulated(zero, zero, traced(zero, batches), batches, RUN) == {"0": 0.0}
+    assert accumulation.accumulated(zero, other, traced(zero, batches), batches, RUN) == {"0": float("inf")}
+    assert accumulation.accumulated(model, zero, traced(model, batches), batches, RUN) == {"0": 1.0}
+    assert accumulation.accumulated(model, zero, [], batches, RUN) == {}
+
+
+def test_behind_batchnorms_and_for_the_matrices_of_a_recurrent_module():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.Conv1d(5, 4, 2)).eval()
+    model[1].running_mean.uniform_(-1, 1)
+    x = torch.randn(40, 2, 8)
+    result = nettrim.prune(model, x, epsilon=0.3, mode="parallel", holdout=0)
+    with torch.no_grad():
+        first, other = model[:3](x), result.model[:3](x)
+        expected = [float((other - first).norm() / first.norm()), float((result.model(x) - model(x)).norm() / model(x).norm())]
+    assert [layer.accumulated for layer in result.report.layers] == pytest.approx(expected, rel=1e-4)
+    rnn = nn.Sequential(nn.RNN(3, 4, batch_first=True)).eval()
+    x = torch.randn(40, 6, 3)
+    result = nettrim.prune(rnn, x, epsilon=0.3, holdout=0)
+    call, pruned_call = (layers.Call((x,), {}, None) for _ in range(2))
+    states = layers.matrix(rnn, "0.weight_hh_l0"), layers.matrix(result.model, "0.weight_hh_l0")
+    Z, other = states[0].output_rows(call).detach(), states[1].output_rows(pruned_call).detach()
+    assert result.report.layers[1].accumulated == pytest.approx(float((other - Z).norm() / Z.norm()), rel=1e-4)

@@ -14,6 +14,11 @@ import nettrim
 from nettrim import ArgumentError, allocation, calibration
 from nettrim.allocation import Curve, spread
 from nettrim.sensitivity import output_metrics
+from nettrim.tracing import trace
+
+
+def layers_of(model, inputs):
+    return trace(model, calibration.batches(inputs), calibration.runner()).layers
 
 
 def damped(S):
@@ -23,7 +28,7 @@ def damped(S):
 def test_metrics_are_the_mean_products_of_the_jacobian():
     model = chain(6, 5, 4, 3, dtype=torch.float64)
     inputs = samples(3000, 6).double()
-    found = output_metrics(model, calibration.batches(inputs), calibration.runner(), ["0", "2", "4"], 0)
+    found = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
     torch.testing.assert_close(found["4"], damped(torch.eye(3, dtype=torch.float64)), rtol=0, atol=0.05)
     # by hand for the first layer: ∂f/∂z = W₃ diag(z₂ > 0) W₂ diag(z₁ > 0)
     with torch.no_grad():
@@ -36,9 +41,9 @@ def test_metrics_are_the_mean_products_of_the_jacobian():
 
 def test_of_very_wide_layers_the_diagonal_is_taken(monkeypatch):
     model, inputs = chain(6, 5, 3, dtype=torch.float64), samples(500, 6).double()
-    whole = output_metrics(model, calibration.batches(inputs), calibration.runner(), ["0", "2"], 0)
+    whole = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
     monkeypatch.setattr("nettrim.sensitivity._WIDEST", 4)
-    found = output_metrics(model, calibration.batches(inputs), calibration.runner(), ["0", "2"], 0)
+    found = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
     torch.testing.assert_close(found["0"], whole["0"].diagonal())
     torch.testing.assert_close(found["2"], whole["2"])
     assert nettrim.prune(model, inputs, sparsity={"*": 0.5}).report.certificate.holds
@@ -48,7 +53,7 @@ def test_a_layer_that_the_output_does_not_feel_counts_all_errors_alike():
     model = chain(6, 5, 3)
     with torch.no_grad():
         model[2].weight.zero_()
-    found = output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), ["0", "2"], 0)
+    found = output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), layers_of(model, samples(50, 6)), 0)
     assert torch.equal(found["0"], torch.ones(5, dtype=torch.float64))
 
 
@@ -63,7 +68,7 @@ def test_metrics_leave_the_model_as_it_was():
     model = chain(6, 5, 3).train()
     before = copy.deepcopy(model.state_dict())
     model[0].weight.requires_grad_(False)
-    assert output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), ["0", "2"], 0) is not None
+    assert output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), layers_of(model, samples(50, 6)), 0) is not None
     assert model.training
     assert hooks_of(model) == 0
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
@@ -84,7 +89,7 @@ class Detached(nn.Module):
 
 def test_without_gradients_nothing_is_known_of_the_output_and_that_is_said():
     model = Detached()
-    assert output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), ["one", "two"], 0) is None
+    assert output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), layers_of(model, samples(50, 6)), 0) is None
     with pytest.raises(ArgumentError, match="expected fidelity='layer' and allocation='uniform'"):
         nettrim.prune(model, samples(50, 6), sparsity=0.5)
     with pytest.raises(ArgumentError, match="expected fidelity='layer'$"):

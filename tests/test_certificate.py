@@ -11,8 +11,10 @@ from networks import bound_by_hand, chain, end_to_end, promises, samples, solved
 from torch import nn
 
 import nettrim
-from nettrim import Certificate, LayerReport, NetTrimError
+from nettrim import Certificate, ConvergenceError, LayerReport, NetTrimError, layers
+from nettrim.activations import RELU
 from nettrim.certificate import certify, stored_discrepancy
+from nettrim.observing import Layer, Observation
 
 prune = partial(nettrim.prune, penalty="l1")  # the papers' program
 
@@ -119,13 +121,26 @@ def test_without_samples_kept_out_there_is_no_audit() -> None:
     assert result.report.layers[0].rows == 40
 
 
-def test_rows_left_out_leave_no_bound_but_an_honest_measure() -> None:
-    model, inputs = chain(8, 12, 5), samples(80, 8)
-    result = prune(model, inputs, epsilon=0.1, max_rows=30)
+@pytest.mark.parametrize("mode", ("cascade", "parallel"))
+@pytest.mark.parametrize("choice", ({"epsilon": 0.15}, {"sparsity": 0.5}))
+def test_where_rows_are_left_out_the_promise_is_on_all_of_them(mode: str, choice: dict[str, float]) -> None:
+    model, inputs = chain(8, 12, 5), samples(800, 8)
+    result = prune(model, inputs, **choice, mode=mode, max_rows=200, seed=3)
+    x = solved_on(inputs, seed=3)[0]
+    found = stages(model, result.model, x)
     certificate = result.report.certificate
-    assert certificate.guaranteed is None and "max_rows" in certificate.explanation and certificate.holds
-    assert certificate.measured == pytest.approx(end_to_end(model, result.model, solved_on(inputs)[0])[0], rel=1e-3)
-    assert prune(model, inputs, epsilon=0.1, max_rows=72).report.certificate.guaranteed is not None  # 80 less a tenth: none is left out
+    assert certificate.holds and certificate.measured <= certificate.guaranteed
+    assert certificate.measured == pytest.approx(end_to_end(model, result.model, x)[0], rel=1e-3)
+    for stage, layer in zip(found, result.report.layers, strict=True):
+        assert layer.rows == len(x) and layer.density < 1
+        assert layer.discrepancy == pytest.approx(stage.discrepancy(mode), rel=1e-3) and layer.discrepancy <= layer.epsilon
+        if "epsilon" in choice and (mode == "parallel" or stage is found[0]):
+            assert layer.epsilon == pytest.approx(0.15 * float(stage.targets.norm()), rel=1e-5)
+
+
+def test_too_few_rows_to_keep_the_promise_on_all_of_them_says_so() -> None:
+    with pytest.raises(ConvergenceError, match=r"layer '0'.*raise max_rows \(now 5 of 720\)"):
+        prune(chain(40, 12, 5), samples(800, 40), epsilon=0.1, max_rows=5)
 
 
 REPORT = LayerReport("a", (2, 3), 4, 5, 0.8, 1.0, 0.9, 0.1, 0.1, None, 1.0, 1.0, 0.0, "optimal", 1, 0.1, "prox_admm", None, 24, ())
@@ -167,7 +182,9 @@ def test_the_discrepancy_is_that_of_the_stored_weights(dtype: torch.dtype) -> No
     Y = torch.rand(50, 5, dtype=torch.float64)
     ones = torch.cat([A, torch.ones(50, 1, dtype=torch.float64)], 1)
     out = A @ module.weight.detach().double().T + module.bias.detach().double()
-    for activation, expected in (("relu", out.clamp(min=0) - Y), (None, out - Y)):
+    for activation, expected in ((RELU, out.clamp(min=0) - Y), (None, out - Y)):
         given = ones if dtype == torch.float64 else ones.float()
-        measured = stored_discrepancy(module, given, Y.to(given), activation)
+        matrix = layers.only_matrix(module)
+        seen = Observation(matrix, None, lambda rows=given: iter([(rows[:, :-1], Y.to(rows))]))
+        measured = stored_discrepancy(matrix, Layer("fc", matrix, matrix.as_matrix().to(given), None, activation, False, seen))
         assert measured == pytest.approx(float(expected.norm()), rel=4 * torch.finfo(dtype).eps + 1e-6)

@@ -93,7 +93,7 @@ def test_forward_rows_runs_in_chunks_without_hooks_and_takes_no_rows(monkeypatch
     layer.register_forward_hook(lambda *_: pytest.fail("a hook was run"))
     a = torch.cat([torch.randn(11, 3), torch.ones(11, 1)], 1)
     whole = layers.forward_rows(layer, a)
-    monkeypatch.setattr(layers, "ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr("nettrim.layers.views.ROWS_PER_CHUNK", 4)
     assert torch.allclose(layers.forward_rows(layer, a), whole)
     assert layers.forward_rows(layer, a[:0]).shape == (0, 2)
     with pytest.raises(ArgumentError, match=r"\(11, 3\).*\(P, 4\).*column of ones"):
@@ -129,12 +129,12 @@ def test_subclasses_count_when_they_inherit_the_forward() -> None:
     assert layers.is_supported(nn.Linear(2, 2)) and layers.is_supported(Inheriting(2, 2))
     patched = nn.Linear(2, 2)
     patched.forward = lambda x: x  # type: ignore[method-assign]
-    for module in (Overriding(2, 2), patched, nn.Conv2d(1, 1, 1)):
+    for module in (Overriding(2, 2), patched, nn.Bilinear(1, 1, 1)):
         assert not layers.is_supported(module)
         with pytest.raises(ArgumentError, match=type(module).__name__):
             layers.as_matrix(module)
     assert "replaces" in layers.unsupported_reason(Overriding(2, 2))
-    assert "Conv2d" in layers.unsupported_reason(nn.Conv2d(1, 1, 1))
+    assert "Bilinear" in layers.unsupported_reason(nn.Bilinear(1, 1, 1))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -82,3 +82,13 @@ def test_the_model_is_left_as_it_was(digits_network):
     before = copy.deepcopy(model.state_dict())
     nettrim.prune(model, calibration, sparsity=0.5, pattern="neuron")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_convolutions_keep_their_neurons_and_that_is_said():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 10), nn.ReLU(), nn.Linear(10, 3))
+    result = nettrim.prune(model, torch.randn(60, 1, 8), sparsity=0.5, pattern="neuron")
+    assert result.report.skipped == {"0": "pattern='neuron' takes neurons out of nn.Linear layers, and this is of a Conv1d"}
+    assert int((result.model[3].weight == 0).all(1).sum()) == 5
+    smaller = nettrim.shrink(result.model, torch.randn(60, 1, 8))
+    assert smaller[0].weight.shape == (4, 1, 3) and smaller[3].weight.shape == (5, 24)

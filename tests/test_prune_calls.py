@@ -12,7 +12,7 @@ from networks import chain, hooks_of, same_bits, samples, state_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nettrim import ArgumentError, NetTrimError, ProgressEvent, PruneResult, prune
+from nettrim import ArgumentError, ConvergenceError, NetTrimError, ProgressEvent, PruneResult, prune
 
 INPUTS = samples(60, 8)
 LABELS = torch.zeros(60, dtype=torch.long)
@@ -91,13 +91,16 @@ def test_the_same_seed_gives_the_same_bits(mode: str) -> None:
     assert not same_bits(weights(first), weights(other))
 
 
-def test_max_rows_solves_on_that_many() -> None:
+def test_max_rows_solves_on_that_many_and_promises_for_all() -> None:
     model = chain(8, 10, 4)
-    for count in (1, 30, 54, 1000):
-        result = prune(model, INPUTS, epsilon=0.2, max_rows=count)
-        assert [layer.rows for layer in result.report.layers] == [min(count, 54)] * 2
-        assert result.report.certificate.holds
-    assert same_bits(weights(result), weights(prune(model, INPUTS, epsilon=0.2)))
+    for count in (30, 54, 1000):
+        result = prune(model, INPUTS, epsilon=0.3, max_rows=count)
+        assert [layer.rows for layer in result.report.layers] == [54] * 2
+        assert result.report.certificate.holds and result.report.certificate.guaranteed is not None
+    assert same_bits(weights(result), weights(prune(model, INPUTS, epsilon=0.3)))
+    with pytest.raises(ConvergenceError, match=r"raise max_rows \(now 1 of 54\)"):
+        prune(model, INPUTS, epsilon=0.3, max_rows=1)
+    assert prune(model, INPUTS, sparsity=0.5, max_rows=1).report.certificate.holds  # which promises what it leaves
 
 
 def threads() -> ThreadPoolExecutor:

@@ -201,7 +201,7 @@ class Selective(nn.Module):
 
 @pytest.mark.parametrize(
     ("mode", "restore", "message"),
-    (("cascade", True, "layer 'b' has .*mode='parallel'"), ("parallel", False, "shape depends on values")),
+    (("cascade", True, "layer 'b' is given .*mode='parallel'"), ("parallel", False, "shape depends on values")),
 )
 def test_shapes_that_depend_on_values(mode: str, restore: bool, message: str) -> None:
     model = Selective(restore)
@@ -233,10 +233,10 @@ def failing(function: Callable[..., Any], call: int, error: BaseException) -> Ca
 STAGES = (
     [("prune.trace", 1), ("layers.copy_of", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
     + [(stage, call) for stage in ("store", "dispatch._solve", "goals.make_budget", "_layer_report") for call in (1, 2)]
-    + [("capture.rows", call) for call in (1, 2, 3, 4)]
+    + [("capture.kept", call) for call in (1, 2, 3, 4)]
     + [("capture.outputs", call) for call in (1, 2, 3, 4)]
-    + [("layers.write_back", call) for call in (1, 2, 3, 4)]
-    + [("layers.forward_rows", 1)]
+    + [("layers.Matrix.write_back", call) for call in (1, 2, 3, 4)]
+    + [("layers.Matrix.forward_rows", 1)]
 )
 
 
@@ -248,6 +248,8 @@ def test_a_failure_at_any_stage_leaves_the_model(monkeypatch: pytest.MonkeyPatch
     guard = Guard(model)
     *path, name = stage.split(".")
     owner = importlib.import_module(f"nettrim.{path[0]}") if path else pipeline
+    for inner in path[1:]:
+        owner = getattr(owner, inner)
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), call, error))
     with pytest.raises(type(error)):
         prune(model, INPUTS, epsilon=0.1, inplace=True)

@@ -22,12 +22,13 @@ def network() -> nn.Module:
             "head": Special(4, 2),
             "unused": nn.Linear(2, 2),
             "conv": nn.Conv1d(1, 1, 1),
+            "table": nn.Embedding(2, 4),
         }
     )
 
 
 def traced(model: Any) -> Trace:
-    run = calibration.runner(lambda model, x: model["head"](model["encoder"](model["conv"](x[:, None])[:, 0])))
+    run = calibration.runner(lambda model, x: model["head"](model["encoder"](x)))
     return trace(model, calibration.batches(torch.randn(5, 4)), run)
 
 
@@ -60,7 +61,7 @@ def test_every_layer_is_chosen_or_explained() -> None:
     found = traced(model)
     names, skipped = select(model, found, None, ())
     assert names == ["encoder.0", "encoder.2", "head"]
-    assert set(skipped) == {"unused", "conv"} and "never ran" in skipped["unused"] and "Conv1d" in skipped["conv"]
+    assert set(skipped) == {"unused", "conv", "table"} and "never ran" in skipped["unused"] and "Embedding" in skipped["table"]
     names, skipped = select(model, found, ["head", "encoder.*"], "*.0")
     assert names == ["encoder.2", "head"]
     assert skipped["encoder.0"] == "ignored, as asked"
@@ -93,7 +94,7 @@ NAMES = ["encoder.0", "encoder.2", "head"]
 
 
 def relative_budgets(given: Any, skipped: dict[str, str]) -> dict[str, float]:
-    return per_layer(network(), NAMES, given, "epsilon", positive, skipped)
+    return per_layer(traced(network()), NAMES, given, "epsilon", positive, skipped)
 
 
 def test_one_number_is_for_all() -> None:
@@ -134,9 +135,9 @@ def test_budgets_that_are_none(value: Any) -> None:
 @pytest.mark.parametrize("value", (-0.1, 1.1, float("nan"), True, "0.1", None, [0.1], 1j))
 def test_shares_of_zeros_that_are_none(value: Any) -> None:
     with pytest.raises(ArgumentError, match="sparsity="):
-        per_layer(network(), NAMES, value, "sparsity", share_of_zeros, {})
+        per_layer(traced(network()), NAMES, value, "sparsity", share_of_zeros, {})
 
 
 @pytest.mark.parametrize("value", (0, 0.0, 0.5, 1))
 def test_shares_of_zeros(value: Any) -> None:
-    assert per_layer(network(), NAMES, value, "sparsity", share_of_zeros, {}) == dict.fromkeys(NAMES, float(value))
+    assert per_layer(traced(network()), NAMES, value, "sparsity", share_of_zeros, {}) == dict.fromkeys(NAMES, float(value))

@@ -68,9 +68,8 @@ RELUS: dict[str, Callable[[Tensor], Tensor]] = {
 
 NOT_RELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda y: y * 1,
-    "relu6": F.relu6,
-    "gelu": F.gelu,
-    "leaky": F.leaky_relu,
+    "random leaky": lambda y: F.rrelu(y, training=True),
+    "an activation that may rise fast": lambda y: F.leaky_relu(y, -0.5),
     "clamp above": lambda y: y.clamp(min=0.1),
     "clamp both": lambda y: y.clamp(0, 1),
     "clamp max": lambda y: y.clamp(max=0),
@@ -150,14 +149,14 @@ def test_layers_that_follow_each_other_directly_and_a_relu_at_the_end() -> None:
 
 
 CHAINS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
-    "sigmoid at the end": (
-        lambda net, x: net.c(net.b(net.a(x))).sigmoid(),
+    "softmax at the end": (
+        lambda net, x: net.c(net.b(net.a(x))).softmax(-1),
         "output is not exactly the output of its last",
     ),
     "two outputs": (lambda net, x: (net.c(net.b(net.a(x))), x), "output is not exactly"),
     "skip connection": (lambda net, x: net.c(net.b(net.a(x)) + x), "input of layer 'c'"),
     "branches": (lambda net, x: net.c(net.a(x)) + net.b(x), "input of layer 'c'|input of layer 'b'"),
-    "activation between": (lambda net, x: net.c(net.b(net.a(x).tanh())), "input of layer 'b'"),
+    "something else between": (lambda net, x: net.c(net.b(net.a(x).exp())), "input of layer 'b'"),
     "a part": (lambda net, x: net.c(net.b(net.a(x))[:2]), "input of layer 'c'"),
     "rows repeated": (lambda net, x: net.c(net.b(net.a(x))[:1].expand(4, 6)), "input of layer 'c'"),
     "changed in place": (lambda net, x: net.c(net.b(net.a(x).relu_().add_(1))), "input of layer 'b'.*after its ReLU"),
@@ -383,21 +382,20 @@ def test_other_modules_that_hold_weights_are_named() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.lstm, self.mha = nn.Conv1d(1, 1, 1), nn.LSTM(6, 6), nn.MultiheadAttention(6, 2)
+            self.table, self.bag, self.bilinear = nn.Embedding(3, 6), nn.EmbeddingBag(3, 6), nn.Bilinear(6, 6, 6)
             self.doubling, self.own, self.norm, self.fc = Doubling(6, 6), Own(), nn.LayerNorm(6), nn.Linear(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.norm(self.own(self.doubling(self.conv(x[:, None])[:, 0])))
-            x = self.mha(x, x, x, need_weights=False)[0] + self.lstm(x)[0]
-            return self.fc(x)
+            x = self.norm(self.own(self.doubling(self.bilinear(x, x))))
+            index = torch.zeros(len(x), 1, dtype=torch.long)
+            return self.fc(x + self.table(index)[:, 0] + self.bag(index))
 
     found = run_trace(Mixed())
-    assert set(found.skipped) == {"conv", "lstm", "mha", "mha.out_proj", "doubling", "own"}
+    assert set(found.skipped) == {"table", "bag", "bilinear", "doubling", "own"}
     for name, words in {
-        "conv": "Conv1d is not a supported layer type (nn.Linear)",
-        "lstm": "LSTM",
-        "mha": "MultiheadAttention is not",
-        "mha.out_proj": "its own forward never runs: its weight is used directly",
+        "table": "Embedding looks its weights up",
+        "bag": "EmbeddingBag looks its weights up",
+        "bilinear": "Bilinear is not a supported layer type",
         "doubling": "Doubling replaces nn.Linear's forward",
         "own": "Own is not",
     }.items():
@@ -409,8 +407,9 @@ def test_other_modules_that_hold_weights_are_named() -> None:
 def test_the_layers_of_a_transformer_encoder_run() -> None:
     encoder = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, activation="relu")
     found = run_trace(encoder, torch.randn(3, 4, 6))
-    assert [(layer.name, layer.activation) for layer in found.layers] == [("linear1", "relu"), ("linear2", None)]
-    assert by_name(found)["linear2"].reads == "linear1" and set(found.skipped) == {"self_attn", "self_attn.out_proj"}
+    attention = [(f"self_attn.{part}", None) for part in ("in_proj_q", "in_proj_k", "in_proj_v", "out_proj")]
+    assert [(layer.name, layer.activation) for layer in found.layers] == [*attention, ("linear1", "relu"), ("linear2", None)]
+    assert by_name(found)["linear2"].reads == "linear1" and not found.skipped
     assert not found.chain
 
 

@@ -42,7 +42,7 @@ ASKED: list[dict[str, Any]] = [
     {"penalty": "l1", "epsilon": 0.15, "kappa": 0.99, "gamma": 1.3},
     {"penalty": "l1", "epsilon": {"0": 0.1, "re:[24]": 0.2}},
     {"epsilon": {nn.Linear: 0.1}},
-    {"penalty": "l1", "epsilon": 0.15, "max_rows": 30, "seed": 4},
+    {"penalty": "l1", "epsilon": 0.15, "max_rows": 60, "seed": 4},
     {"penalty": "l1", "epsilon": 0.15, "ignore": "2"},
     {"sparsity": 0.6},
     {"sparsity": 0.6, "mode": "parallel"},

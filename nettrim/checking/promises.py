@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from nettrim.checking.streams import Array, Measured, numbers
+from nettrim.checking.behind import Behind
+from nettrim.checking.streams import LayerPair, Measured, numbers
 from nettrim.errors import ArgumentError
+from nettrim.layers import Matrix
 
 EPS = {"torch.float16": 2.0**-10, "torch.bfloat16": 2.0**-7, "torch.float32": 2.0**-23, "torch.float64": 2.0**-52}
 _PATTERN = r"[1-9]\d{0,5}:[1-9]\d{0,5}|block:[1-9]\d{0,5}x[1-9]\d{0,5}"
@@ -94,6 +96,7 @@ class Asked:
 _DEFAULTS = {
     "mode": "cascade", "gamma": 1.1, "kappa": 1.0, "consistency": "relaxed", "penalty": "l1", "reweight": 0, "pattern": "unstructured",
     "allocation": "auto", "fidelity": "layer", "repair": 1.0, "preserve_zeros": False, "tol": 1e-3, "bias_weight": 1.0, "holdout": 0.1, "seed": 0,
+    "recalibrate_batchnorm": False,
 }  # fmt: skip
 
 
@@ -138,6 +141,7 @@ _GOOD: dict[str, Callable[[Any], bool]] = {
     "bias_weight": lambda value: _real(value, 0),
     "holdout": lambda value: _real(value, 0) and value < 1,
     "seed": lambda value: _real(value) and isinstance(value, int) and abs(value) < 2**63,
+    "recalibrate_batchnorm": lambda value: isinstance(value, bool),
     "max_rows": lambda value: value is None or _whole(value, 1),
 }
 
@@ -151,20 +155,21 @@ class Budget:
     inflation: float | None
 
 
-def budget(asked: Asked, relative: float | None, measured: Measured, size: Size, relu: bool, *, last: bool) -> Budget:
-    """A layer's budget. ``relative`` is what ``epsilon`` says of it; ``size`` what rounding depends on."""
+def budget(asked: Asked, relative: float | None, pair: LayerPair, *, last: bool) -> Budget:
+    """A layer's budget. ``relative`` is what ``epsilon`` says of it."""
+    measured, solved, size, behind = pair.measured, pair.solved, size_of(pair), pair.behind
     if asked.counts or relative is None:
-        return Budget(math.sqrt(measured.on + measured.off) + size.noise, math.nan, None)
+        return Budget(behind.lipschitz * math.sqrt(measured.on + measured.off) + size.noise, math.nan, None)
     own = isinstance(asked.epsilon, Mapping) or asked.mode == "parallel"
     if own or not measured.disturbed(size.kept):
-        epsilon = relative * math.sqrt(measured.target_square)
-        return Budget(epsilon, epsilon, None)
+        promise, program = (relative * math.sqrt(found.target_square) for found in (measured, solved))
+        return Budget(promise, program / behind.lipschitz, None)
     inflation = asked.gamma * asked.kappa if last else asked.gamma
-    if asked.consistency == "paper" and relu:
-        on = inflation * measured.dense_on
-        return Budget(math.sqrt(on + measured.dense_off), math.sqrt(on), max(inflation, 1.0))
-    epsilon = math.sqrt(inflation * (measured.dense_on + measured.dense_off))
-    return Budget(epsilon, epsilon, inflation)
+    if asked.consistency == "paper" and behind.relu and not behind.capped:
+        promise = math.sqrt(inflation * measured.dense_on + measured.dense_off)
+        return Budget(promise, math.sqrt(inflation * solved.dense_on), max(inflation, 1.0))
+    promise, program = (math.sqrt(inflation * (found.dense_on + found.dense_off)) for found in (measured, solved))
+    return Budget(behind.lipschitz * promise, program, inflation)
 
 
 @dataclass(frozen=True)
@@ -200,68 +205,70 @@ def of_norm(value: float, noise: float, entries: int) -> float:
     return math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(entries, 1)) + 1e-9 * value
 
 
-def size_of(module: nn.Module, measured: Measured) -> Size:
-    """The size of a layer on its rows."""
-    weight = module.get_parameter("weight")
-    terms = weight[0].numel() + (getattr(module, "bias", None) is not None)
-    return Size(math.sqrt(measured.target_square), math.sqrt(measured.sums_square), measured.entries, terms, str(weight.dtype))
+def size_of(pair: LayerPair, measured: Measured | None = None) -> Size:
+    """The size of a layer on its rows; on other rows than all of them if they are given."""
+    found = pair.measured if measured is None else measured
+    terms = pair.pruned.shape[1] + pair.pruned.has_bias
+    return Size(math.sqrt(found.target_square), math.sqrt(found.sums_square), found.entries, terms, str(pair.pruned.weight.dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Link:
-    """A layer of a chain, for the network's bound: both modules, and of a pruned one its promise as reported and what is known of its rows."""
+    """A layer of a chain, for the network's bound: both matrices, what follows them, and of a pruned one its promise and what is known of its rows.
 
-    dense: nn.Module
-    pruned: nn.Module
-    promise: float | None
-    inflation: float | None
-    measured: Measured | None
+    ``spread`` is by what factor its rows can differ more than its inputs do, and ``rows`` how many there are.
+    """
+
+    dense: Matrix
+    pruned: Matrix
+    behind: Behind
+    spread: float
+    rows: int
+    promise: float | None = None
+    inflation: float | None = None
+    size: Size | None = None
+
+    def reach(self, matrix: Matrix) -> float:
+        """By what factor the outputs of one of the two can differ more than its inputs do."""
+        weight = self.behind.folded(numbers(matrix.weights()))
+        largest = max(float(np.linalg.norm(block, 2)) for block in np.split(weight, matrix.groups))
+        return largest * self.spread * self.behind.lipschitz
 
 
-def network_bound(links: list[Link], mode: str) -> float | None:
-    """The bound on a chain's output (docs/method.md); None where a layer that the bound passes through is no plain matrix here."""
-    bound, output, entries_per_output = 0.0, 0.0, 0.0
+def network_bound(links: list[Link], mode: str) -> float:
+    """The bound on a chain's output (docs/method.md)."""
+    bound, output = 0.0, 0.0
     for link in links:
-        pruned = _matrix(link.pruned)
-        if pruned is None:
-            return None
-        weight, bias = pruned
-        terms, dtype = weight.shape[1] + (bias is not None), str(link.pruned.get_parameter("weight").dtype)
-        if link.measured is not None and link.promise is not None:
-            size = size_of(link.pruned, link.measured)
-            rows = link.measured.entries / len(weight)
+        size = link.size
+        if size is not None and link.promise is not None:
             output = size.output
         elif bound == 0:
             continue
         else:
-            rows = entries_per_output
-            shift = 0.0 if bias is None else math.sqrt(rows) * float(np.linalg.norm(bias))
-            whole = weight if bias is None else np.c_[weight, bias]
-            size = Size(0.0, output * float(np.linalg.norm(whole)) + shift, round(rows * len(weight)), terms, dtype)
-            output = output * _spectral(weight) + shift
-        entries_per_output = rows
+            size, output = _passed(link, output)
         twice = 1.0
         if link.promise is None:
-            bound *= _spectral(weight)
+            bound *= link.reach(link.pruned)
         elif mode == "parallel":
-            bound = _spectral(weight) * bound + link.promise
+            bound = link.reach(link.pruned) * bound + link.promise
         elif link.inflation is None:
             bound = link.promise
         else:
-            dense = _matrix(link.dense)
-            assert dense is not None
-            bound *= math.sqrt(link.inflation) * _spectral(dense[0])
+            bound *= math.sqrt(link.inflation) * link.reach(link.dense)
             twice = 1 + math.sqrt(link.inflation)  # the dense run, too, that the budget was measured against
-        bound += Size(output + bound, size.sums, size.entries, terms, dtype).noise * twice
+        bound += Size(output + bound, size.sums, size.entries, size.terms, size.dtype).noise * twice
     return bound
 
 
-def _matrix(module: nn.Module) -> tuple[Array, Array | None] | None:
-    """Weights and bias of a layer that is nothing but them."""
-    if not isinstance(module, nn.Linear):
-        return None
-    return numbers(module.weight), None if module.bias is None else numbers(module.bias)
-
-
-def _spectral(weight: Array) -> float:
-    return float(np.linalg.norm(weight, 2))
+def _passed(link: Link, output: float) -> tuple[Size, float]:
+    """The size of a layer that was not pruned, and of its output, at most, where ``output`` is that of the layer before."""
+    matrix, behind = link.pruned, link.behind
+    M, N = matrix.shape
+    bias = matrix.bias()
+    constant = np.zeros(M) if bias is None else numbers(bias)
+    if behind.scale is not None:
+        constant = constant * behind.scale + behind.shift
+    shift = math.sqrt(link.rows) * float(np.linalg.norm(constant))
+    sums = output * link.spread * float(np.linalg.norm(behind.folded(numbers(matrix.weights())))) + shift
+    size = Size(0.0, sums, link.rows * M, N + matrix.has_bias, str(matrix.weight.dtype))
+    return size, output * link.reach(matrix) + shift

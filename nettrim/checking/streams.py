@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.capture import evaluation, tensors_in
+from nettrim.checking.behind import Array, Behind
+from nettrim.layers import Matrix
 
-Array = np.ndarray
 _ROUNDING = 100.0  # units: a smaller difference of inputs is none (docs/method.md)
 
 
@@ -33,10 +34,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
-
-    @property
-    def input(self) -> Tensor:
-        return self.args[0] if self.args else self.kwargs["input"]
 
     def through(self, module: nn.Module, dtype: torch.dtype | None = None, *, absolute: bool = False) -> Tensor:
         """What the forward of ``module`` makes of the same input, in another dtype if one is given; hooks are not run."""
@@ -84,13 +81,13 @@ class Measured:
     target_square : float
         ``‖Y‖²``.
     difference : float
-        ``‖relu(output) − Y‖²`` of the stored layer, run in its own dtype.
+        ``‖act(output) − Y‖²`` of the stored layer, run in its own dtype, ``Y`` being the dense layer's after what follows it.
     dense_on, dense_off : float
         ``Σ_Ω (v − y)²`` and ``Σ_{Ωᶜ} max(v, 0)²`` of the dense weights on the same inputs.
     on, off : float
         The same of the stored weights.
     straight, leaning : float
-        ``‖A Wᵀ − T‖²``, in the layer's metric if it has one, of the stored weights for the targets ``T`` before the ReLU: the dense network's, or
+        ``‖A Wᵀ − T‖²``, in the layer's metric if it has one, of the stored weights for targets ``T`` before the activation: the dense network's, or
         leaning to the pruned stream (``repair``).
     sums_square : float
         ``‖|A| |W|ᵀ‖²``, of the larger of both weights entry by entry.
@@ -160,52 +157,80 @@ class LayerPair:
     Attributes
     ----------
     name : str
-    dense, pruned : nn.Module
-    relu : bool
+    dense, pruned : Matrix
+    behind : Behind
+        What follows it.
     metric : Array or None, (M, M) or (M,)
         What errors of its outputs cost at the network's, where its program was to heed that.
     measured : Measured
+        Over all rows.
+    drawn : Measured or None
+        Over the rows that its program was solved on, where they are not all.
     """
 
     name: str
-    dense: nn.Module
-    pruned: nn.Module
-    relu: bool
+    dense: Matrix
+    pruned: Matrix
+    behind: Behind
     metric: Array | None = None
     measured: Measured = field(default_factory=Measured)
+    drawn: Measured | None = None
+
+    @property
+    def solved(self) -> Measured:
+        """Over the rows that its program was solved on."""
+        return self.measured if self.drawn is None else self.drawn
+
+    def folded(self, matrix: Matrix) -> Array:
+        """The weights (M, N) of one of the two, the bias as last column, times the BatchNorm's scale."""
+        return self.behind.folded(numbers(matrix.as_matrix()))
+
+    def rows(self, call: Call, output: Tensor | None = None) -> Array:
+        """``u``, (p, M), of a call; of another ``output`` of the same call if one is given."""
+        whole = layers.Call(call.args, call.kwargs, call.output if output is None else output)
+        return self.behind.scaled(numbers(self.dense.output_rows(whole)))
+
+    def given(self, call: Call) -> Array:
+        """What the layer was given, as its kind keeps it."""
+        return numbers(self.dense.kind.inputs(self.dense.module, self.dense.part, layers.Call(call.args, call.kwargs, call.output)))
 
     def add(self, call: Call, seen: Call, repair: float, *, parallel: bool, keep: Array | None) -> None:
-        """Add one batch: the ``call`` in the dense network and that ``seen`` in the pruned one; ``keep`` says which of its rows count."""
-        found = self.measured
+        """Add one batch: the ``call`` in the dense network and that ``seen`` in the pruned one; ``keep`` says which of its rows were drawn."""
+        found, behind = self.measured, self.behind
         source = call if parallel else seen
         if not parallel:
-            ours, theirs = (numbers(layers.input_rows(self.dense, one.input)) for one in (call, seen))
+            ours, theirs = self.given(call), self.given(seen)
             found.input_difference += _square(theirs - ours) if ours.shape == theirs.shape else math.inf
             found.input_square += _square(ours)
         # copies in float64, made anew for every batch: kept ones would hold the network three times
-        exact_dense, exact_pruned = _exact(self.dense), _exact(self.pruned)
-
-        def rows(output: Tensor) -> Array:
-            return numbers(output) if keep is None else numbers(layers.output_rows(self.dense, output))[keep]
-
-        whole = [np.maximum(numbers(one.output), 0.0) if self.relu else numbers(one.output) for one in (call, seen)]
+        exact_dense, exact_pruned = _exact(self.dense.module), _exact(self.pruned.module)
+        before, after = self.rows(call), self.rows(seen)
+        whole = [behind.output(before), behind.output(after)]
         found.through += _square(whole[1] - whole[0]) if whole[0].shape == whole[1].shape else math.inf
         found.through_square += _square(whole[0])
-        before, output = rows(call.output), rows(source.through(self.pruned) if parallel else seen.output)
-        V, Z = rows(source.through(exact_dense, torch.float64)), rows(source.through(exact_pruned, torch.float64))
-        Y = np.maximum(before, 0.0) if self.relu else before
+        output = self.rows(source, source.through(self.pruned.module)) if parallel else after
+        V, Z = (self.rows(source, source.through(exact, torch.float64)) for exact in (exact_dense, exact_pruned))
+        sums = self.rows(source, source.through(_larger(exact_dense, exact_pruned), torch.float64, absolute=True))
+        everything = (before, output, V, Z, behind.lipschitz * np.abs(sums))
+        self._sum(self.measured, repair, *everything)
+        if keep is not None:
+            assert self.drawn is not None
+            self._sum(self.drawn, repair, *(array[keep] for array in everything))
+
+    def _sum(self, found: Measured, repair: float, before: Array, output: Array, V: Array, Z: Array, sums: Array) -> None:
+        """Add rows to sums: the dense layer's, the stored layer's as run, both in exact arithmetic, and sums of sizes, each (p, M)."""
+        behind = self.behind
+        Y, targets = behind.output(before), behind.targets(before)
         found.entries += Y.size
         found.target_square += _square(Y)
-        found.difference += _square((np.maximum(output, 0.0) if self.relu else output) - Y)
-        on, off = split_misfit(V, Y, self.relu)
+        found.difference += _square(behind.output(output) - Y)
+        on, off = behind.misfit(V, targets)
         found.dense_on, found.dense_off = found.dense_on + on, found.dense_off + off
-        on, off = split_misfit(Z, Y, self.relu)
+        on, off = behind.misfit(Z, targets)
         found.on, found.off = found.on + on, found.off + off
-        if self.metric is not None:
-            before, V, Z = (numbers(layers.output_rows(self.dense, torch.from_numpy(array))) if keep is None else array for array in (before, V, Z))
         found.straight += self._weighed(Z - before)
         found.leaning += self._weighed(Z - (repair * before + (1 - repair) * V))
-        found.sums_square += _square(rows(source.through(_larger(exact_dense, exact_pruned), torch.float64, absolute=True)))
+        found.sums_square += _square(sums)
 
     def _weighed(self, D: Array) -> float:
         """``Σ_p d_pᵀ S d_p`` of rows (P, M); ``‖D‖²`` without a metric."""
@@ -221,13 +246,6 @@ def _larger(dense: nn.Module, pruned: nn.Module) -> nn.Module:
         for name, parameter in dense.named_parameters():
             parameter.copy_(torch.maximum(parameter.abs(), others[name].abs()))
     return dense
-
-
-def split_misfit(Z: Array, Y: Array, relu: bool) -> tuple[float, float]:
-    """``Σ_Ω (z − y)²`` and ``Σ_{Ωᶜ} max(z, 0)²``, Ω being everything without a ReLU."""
-    if not relu:
-        return _square(Z - Y), 0.0
-    return _square((Z - Y)[Y > 0]), _square(np.maximum(Z[~(Y > 0)], 0.0))
 
 
 def _exact(module: nn.Module) -> nn.Module:

@@ -93,6 +93,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, path: Path |
 @click.option("--device", help="Where the programs are solved: cpu, cuda, cuda:1; the network's own by default.")
 @click.option("--on-failure", type=click.Choice(["raise", "keep_dense"]), default="raise", show_default=True, help="What an unsolved layer does.")
 @click.option("--neurons", type=_COUNT, help="Solve layers with more outputs in blocks of so many.")
+@click.option("--recalibrate-batchnorm", is_flag=True, help="Estimate the statistics of the pruned network's BatchNorms again.")
 @click.option("--checkpoint-dir", type=click.Path(path_type=Path), help="Folder that remembers solved layers: run again after a crash, it goes on.")
 @click.option("--key", help="Of several arrays in the calibration file, the inputs.")
 @click.option("--samples", type=_COUNT, help="Use the first so many samples.")

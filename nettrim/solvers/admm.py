@@ -30,6 +30,8 @@ _BALANCE = 10.0  # residuals further apart than this factor move ρ
 def refuses(program: LayerProgram) -> str | None:
     if program.streamed:
         return "it needs all rows in memory, and they are streamed"
+    if program.floor is not None or program.ceiling is not None:
+        return "it takes the ReLU at 0, not at a floor of each neuron, and no ceiling"
     if program.epsilon is None:
         return "the paper's algorithm takes a budget (epsilon=), not a penalty"
     if program.relu and not program.one_sided:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -95,7 +96,7 @@ class Solution:
         For an infeasible program, the ``‖D‖_F`` of the weights that come nearest, to 0.1 %: a budget ``epsilon`` above it is feasible.
     history : tuple of HistoryPoint
         How objective and bound came together, at most 64 points; of ``topk_admm``, how the number of weights fell. Empty for solvers that say
-        nothing on the way, and for blocks of neurons.
+        nothing on the way, and for blocks or groups of neurons.
     """
 
     weights: Tensor
@@ -227,4 +228,28 @@ def judge(
         solver=solver,
         least_distance=least_distance,
         history=() if history is None else tuple(history.points),
+    )
+
+
+def stacked(solutions: list[Solution], tol: float) -> Solution:
+    """The solutions of programs of some neurons each as one: weights one below the other, figures of all together, the worst status."""
+    if len(solutions) == 1:
+        return solutions[0]
+    objective, bound = sum(s.objective for s in solutions), sum(s.lower_bound for s in solutions)
+    status = next((status for status in ("infeasible", "iteration_limit") if any(s.status == status for s in solutions)), None)
+    gap = relative_gap(objective, bound) if status is None else math.inf
+    least = [s.least_distance if s.least_distance is not None else s.discrepancy for s in solutions]
+    return dataclasses.replace(
+        solutions[0],
+        weights=torch.cat([s.weights for s in solutions]),
+        status=status or ("optimal" if gap <= tol else "feasible"),
+        objective=objective,
+        lower_bound=bound,
+        gap=gap,
+        discrepancy=math.hypot(*(s.discrepancy for s in solutions)),
+        violation=max(s.violation for s in solutions),
+        iterations=sum(s.iterations for s in solutions),
+        seconds=sum(s.seconds for s in solutions),
+        least_distance=math.hypot(*least) if status == "infeasible" else None,
+        history=(),  # they ran one after the other
     )

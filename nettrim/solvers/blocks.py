@@ -185,6 +185,8 @@ def _part(program: LayerProgram, block: slice, level: float | None) -> LayerProg
         program,
         targets=targets[:, block] if isinstance(targets, Tensor) else _columns(targets, block),
         upper=None if program.upper is None else program.upper[:, block],
+        floor=None if program.floor is None else program.floor[block],
+        ceiling=None if program.ceiling is None else program.ceiling[block],
         l1_weights=omega[block] if omega.ndim == 2 else omega,
         metric=None if program.metric is None else program.metric[block],
         support=support,

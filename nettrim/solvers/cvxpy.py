@@ -32,10 +32,12 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     inside = program.omega.cpu().numpy()
     W, R = cp.Variable(program.shape), cp.Variable(Y.shape)  # R: the residual D, or more off Ω
     Z = A @ W.T
-    on, off = R[inside] == Z[inside] - Y[inside], R[~inside] >= Z[~inside] - V[~inside]
-    constraints: list[Any] = [on, off] if not inside.all() else [on]
+    high = ~inside & (np.full_like(inside, False) if program.ceiling is None else Y >= program.ceiling.double().cpu().numpy() / scale)
+    low = ~inside & ~high
+    on, off, over = R[inside] == Z[inside] - Y[inside], R[low] >= Z[low] - V[low], R[high] <= Z[high] - Y[high]
+    constraints: list[Any] = [on, *([off] if low.any() else []), *([over] if high.any() else [])]
     if program.one_sided:
-        constraints.append(R[~inside] <= 0)
+        constraints.append(R[low] <= 0)
     norm = cp.sum(cp.multiply(np.broadcast_to(omega, program.shape), cp.abs(W)))
     misfit = cp.vec(R, order="F") if not program.one_sided else R[inside]
     if program.epsilon is not None:
@@ -56,8 +58,10 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     if W.value is not None and on.dual_value is not None:
         # the sign convention of an equality's multiplier is the modelling language's: the wrong one proves nothing
         theta = np.zeros_like(Y)
-        if not inside.all():
-            theta[~inside] = off.dual_value
+        if low.any():
+            theta[low] = off.dual_value
+        if high.any():
+            theta[high] = -over.dual_value
         for sign in (1.0, -1.0):
             theta[inside] = sign * on.dual_value
             bound = max(bound, program.lower_bound(torch.from_numpy(theta).to(program.device)))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nettrim.programs import LayerProgram
-from nettrim.residual import residual
 
 _CG_STEPS = 8
 _ROOT_STEPS = 30
@@ -70,14 +69,14 @@ def restore_budget(program: LayerProgram, G: Tensor, W: Tensor, columns: Tensor 
         """Squared distance at ``Z − t dZ`` over the squared budget, less 1: negative inside."""
         total = 0.0
         for rows, Y, V in program.target_chunks(W.dtype):
-            total += float(residual(torch.sub(Z[rows], dZ[rows], alpha=t), Y, V, relu=program.relu).square().sum())
+            total += float(program.residual(torch.sub(Z[rows], dZ[rows], alpha=t), Y, V).square().sum())
         return total / budget**2 - 1
 
     for _ in range(_ROUNDS):
         total, B = 0.0, torch.zeros_like(W)
         for rows, A, Y, V in program.row_chunks(W.dtype, columns):
             Z[rows] = A @ W.T
-            D = residual(Z[rows], Y, V, relu=program.relu)
+            D = program.residual(Z[rows], Y, V)
             total += float(D.square().sum())
             B.addmm_(D.T, A)
         at_zero = total / budget**2 - 1

@@ -25,6 +25,8 @@ NAME = "osqp"
 def refuses(program: LayerProgram) -> str | None:
     if program.streamed:
         return "it needs all rows in memory, and they are streamed"
+    if program.floor is not None or program.ceiling is not None:
+        return "it takes the ReLU at 0, not at a floor of each neuron, and no ceiling"
     if program.epsilon is not None:
         return "it takes quadratic programs, and a budget (epsilon=) is a second-order cone; pass regularization= instead"
     return None

@@ -63,7 +63,8 @@ def presolve(program: LayerProgram, *, inputs_too: bool = True) -> Presolved:
         omega = omega[..., columns]
     if rows is not None and omega.ndim == 2:
         omega = omega[rows]
-    smaller = dataclasses.replace(program, inputs=inputs, targets=targets, l1_weights=omega)
+    floor, ceiling = (given if rows is None or given is None else given[rows] for given in (program.floor, program.ceiling))
+    smaller = dataclasses.replace(program, inputs=inputs, targets=targets, floor=floor, ceiling=ceiling, l1_weights=omega)
     return Presolved(smaller, rows, columns, (M, N))
 
 

@@ -203,6 +203,8 @@ def least_distance(program: LayerProgram, max_iter: int) -> float | None:
         activation=program.activation,
         consistency=program.consistency,
         upper=program.upper,
+        floor=program.floor,
+        ceiling=program.ceiling,
         l1_weights=program.l1_weights,
     )
     solution = run(tiny, 1e-3, min(max_iter, 1000), None)

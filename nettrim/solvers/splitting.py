@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nettrim.programs import LayerProgram
 from nettrim.proximal import soft_threshold
-from nettrim.residual import residual
 
 OVER_RELAXATION = 1.7
 FIRST_LEVEL = 0.005  # λ over the one from which 0 is optimal, a unit of ε/‖Y‖: where a budget's λ starts
@@ -162,8 +161,8 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
     for rows, A, Y, V0 in program.row_chunks(s.W.dtype, s.columns):
         Z, U = s.Z[rows], s.U[rows]
         V = torch.addmm(Z, A, weights, beta=1 - OVER_RELAXATION, alpha=OVER_RELAXATION).add_(U)
-        D = residual(V, Y, V0, relu=program.relu)
-        total += float(torch.linalg.vector_norm(torch.where(Y > 0, D, 0.0) if program.one_sided else D)) ** 2
+        D = program.residual(V, Y, V0)
+        total += float(torch.linalg.vector_norm(torch.where(program.on_support(Y), D, 0.0) if program.one_sided else D)) ** 2
         if s.projecting:
             U.copy_(D)
             Z.copy_(V)
@@ -188,7 +187,7 @@ def _prox_misfit(program: LayerProgram, s: State) -> tuple[Tensor, float]:
 def _remove(program: LayerProgram, D: Tensor, Y: Tensor, gain: float, U: Tensor) -> None:
     """Put into ``U`` what the proximal operator takes from the residual, ``(1 − gain) D``; all of it where an inequality is hard."""
     if program.one_sided:
-        torch.where(Y > 0, D * (1 - gain), D, out=U)
+        torch.where(program.on_support(Y), D * (1 - gain), D, out=U)
     else:
         torch.mul(D, 1 - gain, out=U)
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from nettrim.patterns import Supports
 from nettrim.programs import LayerProgram
-from nettrim.residual import residual
 from nettrim.solvers.base import History, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
 from nettrim.solvers.support import Fit, Quadratic, normalised, refit, search
@@ -104,7 +103,7 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
         T = Y
         if program.relu and initial is not None:
             Z = A @ initial.double().T
-            T = Z - residual(Z, Y, V)
+            T = Z - program.residual(Z, Y, V)
         C.addmm_(T.T, A)
     dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
     quadratic, column, row = normalised(G, program.metric, dtype)
@@ -116,7 +115,7 @@ def _correlations(program: LayerProgram, W: Tensor) -> Tensor:
     C = torch.zeros(program.shape, dtype=torch.float64, device=program.device)
     for _, A, Y, V in program.row_chunks():
         Z = A @ W.T
-        C.addmm_((Z - residual(Z, Y, V, relu=program.relu)).T, A)
+        C.addmm_((Z - program.residual(Z, Y, V)).T, A)
     return C
 
 

@@ -1,0 +1,23 @@
+"""``nn.Linear``, and the layer of GPT-2 that holds its weights the other way round."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nettrim.layers.base import Kind, Part, register
+
+
+@register(nn.Linear)
+class LinearKind(Kind):
+    """Rows in, rows out: the defaults."""
+
+
+@register("transformers.pytorch_utils.Conv1D")
+class TransposedKind(Kind):
+    """Hugging Face's ``Conv1D``: a linear layer whose weight is (inputs, outputs)."""
+
+    def to_matrix(self, module: nn.Module, part: Part, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def to_weight(self, module: nn.Module, part: Part, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return matrix.T

@@ -1,0 +1,294 @@
+"""What is seen of one layer: its rows, held or made anew from pass to pass, and what becomes of its outputs.
+
+A convolution's rows are its inputs many times over, so they are unfolded chunk by chunk, from the inputs where those can be held, and else from
+another run of the network, batch by batch. What is held at a time is bounded by a chunk, one sample's rows, and one batch's activations of one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nettrim import capture
+from nettrim.activations import Activation, Norm
+from nettrim.calibration import Run
+from nettrim.errors import RouteError
+from nettrim.layers import Matrix
+from nettrim.tracing import TracedLayer
+
+HELD_ELEMENTS = 2**28  # of a layer's rows, or else of its inputs and outputs, in memory
+UNFOLDED_ELEMENTS = 2**22  # of the rows made at a time
+_ROUNDING = 100.0  # in units of the last place: below it a layer's inputs are those of the dense network
+
+Source = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+class Observation:
+    """The rows ``A`` (P, G·N) of one matrix and ``U`` (P, M), the dense network's outputs, in the scale of what follows.
+
+    Attributes
+    ----------
+    count : int
+        P, over all batches.
+    """
+
+    def __init__(self, matrix: Matrix, scale: Tensor | None, source: Source, *, hold: bool = False) -> None:
+        """``source`` yields, batch by batch, what was kept of the input and ``Z``; it is run through once here. ``hold`` all rows, however many."""
+        self._matrix, self._scale, self._source = matrix, scale, source
+        self._held: list[tuple[Tensor, Tensor]] | None = []
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self.count, elements, limit = 0, 0, math.inf if hold else HELD_ELEMENTS
+        for kept, Z in source():
+            self.count += len(Z)
+            elements += kept.numel() + Z.numel()
+            if elements > limit and not matrix.kind.feeds_itself:
+                self._held = None
+            if self._held is not None:
+                self._held.append((kept, Z))
+        M, N = matrix.shape
+        if self._held is not None and self.count * (matrix.groups * (N + matrix.has_bias) + M) <= limit:
+            self._rows = self._whole()
+            self._held = None
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """All rows, written where they stay: beside them there is but what they are made of."""
+        whole: tuple[Tensor, Tensor] | None = None
+        start = 0
+        for A, U in self._unfolded():
+            if whole is None:
+                whole = A.new_empty(self.count, A.shape[1]), U.new_empty(self.count, U.shape[1])
+            whole[0][start : start + len(A)], whole[1][start : start + len(A)] = A, U
+            start += len(A)
+        assert whole is not None
+        return whole
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """All rows, where they are held."""
+        return self._rows
+
+    def chunks(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(A, U)`` chunk by chunk; of one group of a grouped layer, ``A`` is (p, N) and ``U`` (p, M/G)."""
+        if self._rows is None:
+            yield from self._unfolded(group)
+            return
+        A, U = self._rows
+        inside, of_group = self.columns(group)
+        step = max(1, UNFOLDED_ELEMENTS // max(1, A.shape[1] + U.shape[1]))
+        for start in range(0, self.count, step):
+            yield A[start : start + step, inside], U[start : start + step, of_group]
+
+    def columns(self, group: int | None) -> tuple[slice, slice]:
+        """Which columns of all rows' ``A`` and ``U`` are a group's."""
+        if group is None or self._matrix.groups == 1:
+            return slice(None), slice(None)
+        M, N = self._matrix.shape
+        width, height = N + self._matrix.has_bias, M // self._matrix.groups
+        return slice(group * width, (group + 1) * width), slice(group * height, (group + 1) * height)
+
+    def drawn(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """``count`` of the rows, uniformly, in order; the same ones for the same seed and number of rows."""
+        index = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(self.count, count, replace=False)))
+        found = []
+        start = 0
+        for A, U in self.chunks():
+            taken = index[(index >= start) & (index < start + len(A))] - start
+            found.append((A[taken.to(A.device)], U[taken.to(A.device)]))
+            start += len(A)
+        return torch.cat([A for A, _ in found]), torch.cat([U for _, U in found])
+
+    def _unfolded(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        matrix = self._matrix
+        M, N = matrix.shape
+        part, count = matrix.part, matrix.groups if group is None else 1
+        _, of_group = self.columns(group)
+        for kept, Z in self._held if self._held is not None else self._source():
+            per_entry = len(Z) // max(1, len(kept))
+            step = max(1, UNFOLDED_ELEMENTS // max(1, per_entry * (count * (N + 1) + M)))
+            for start in range(0, len(kept), step):
+                piece = kept[start : start + step].to(matrix.compute_dtype)
+                rows = matrix.kind.unfold(matrix.module, part, piece)
+                if group is not None and matrix.groups > 1:
+                    rows = rows[:, group]
+                U = Z[start * per_entry : (start + len(piece)) * per_entry, of_group]
+                if self._scale is not None:
+                    U = (U.double() * self._scale[of_group]).to(U.dtype)
+                yield matrix.with_ones(rows), U
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer as its program needs it, BatchNorm folded in: weights ``W`` are those of ``u = s z``, the layer's output is ``act(u + t)``.
+
+    Attributes
+    ----------
+    name : str
+    matrix : Matrix
+        The dense network's.
+    dense : Tensor, (M, N)
+        The dense weights, folded.
+    norm : Norm or None
+        ``s`` and ``t``; 1 and 0 without one.
+    function : Activation or None
+    disturbed : bool
+        Whether the inputs differ from the dense network's.
+    observation : Observation
+        All rows: what promises are about.
+    drawn : (Tensor, Tensor) or None
+        The rows that the program is solved on, where they are not all.
+    """
+
+    name: str
+    matrix: Matrix
+    dense: Tensor
+    norm: Norm | None
+    function: Activation | None
+    disturbed: bool
+    observation: Observation
+    drawn: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.matrix.groups
+
+    @property
+    def rows(self) -> int:
+        """P, all of them."""
+        return self.observation.count
+
+    @property
+    def activation(self) -> str | None:
+        """The function's name."""
+        return None if self.function is None else self.function.name
+
+    @property
+    def relu(self) -> bool:
+        """Whether the program is one with a ReLU, perhaps between other ends."""
+        return self.function is not None and self.function.interval is not None
+
+    @property
+    def lipschitz(self) -> float:
+        """Of what follows, the BatchNorm folded."""
+        return 1.0 if self.function is None else self.function.lipschitz
+
+    @property
+    def floor(self) -> Tensor | None:
+        """Of the program with a ReLU: its lower end less ``t``, (M,); None for 0."""
+        return self._end(0)
+
+    @property
+    def ceiling(self) -> Tensor | None:
+        """Of a ReLU6: its upper end less ``t``, (M,)."""
+        return self._end(1)
+
+    def _end(self, which: int) -> Tensor | None:
+        ends = None if self.function is None else self.function.interval
+        end = None if ends is None else ends[which]
+        if end is None or (end == 0 and self.norm is None):
+            return None
+        ends_of_all = torch.full((len(self.dense),), end, dtype=torch.float64, device=self.dense.device)
+        return (ends_of_all if self.norm is None else ends_of_all - self.norm.shift).to(self.dense.dtype)
+
+    def targets(self, U: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """What the program of (some of) the neurons aims at, from ``U``."""
+        if not self.relu:
+            return U
+        U = U.clamp(min=0) if self.floor is None else torch.maximum(U, self.floor[outputs])
+        return U if self.ceiling is None else torch.minimum(U, self.ceiling[outputs])
+
+    def output(self, U: Tensor) -> Tensor:
+        """``act(u + t)`` of all neurons, (p, M), in the dtype of ``U``."""
+        if self.norm is not None:
+            U = U + self.norm.shift.to(U)
+        return U if self.function is None else self.function(U)
+
+    def read(self, matrix: Matrix) -> Tensor:
+        """The stored weights, folded, (M, N) in the compute dtype."""
+        found = matrix.as_matrix().to(self.dense.device)
+        return found.to(self.dense.dtype) if self.norm is None else (found.double() * self._scale()[:, None]).to(self.dense.dtype)
+
+    def write(self, matrix: Matrix, W: Tensor) -> None:
+        """Store folded weights; those of an output that the BatchNorm multiplies by 0 are of no use, and are 0."""
+        if self.norm is not None:
+            scale = self._scale()[:, None]
+            W = torch.where(scale != 0, W.double() / torch.where(scale != 0, scale, 1.0), 0.0)
+        matrix.write_back(W)
+
+    def run(self, matrix: Matrix, A: Tensor) -> Tensor:
+        """``u`` of the stored weights on rows, (p, M) float64."""
+        U = matrix.forward_rows(A).double()
+        return U if self.norm is None else U * self._scale()
+
+    def apply(self, W: Tensor, A: Tensor) -> Tensor:
+        """``A Wᵀ``, group by group, of folded weights (M, N), in the dtype of both."""
+        if self.groups == 1:
+            return A @ W.T
+        stacked = torch.bmm(A.unflatten(1, (self.groups, -1)).transpose(0, 1), W.unflatten(0, (self.groups, -1)).transpose(1, 2))
+        return stacked.transpose(0, 1).flatten(1)
+
+    def solved_on(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(A, U)`` of the rows that the program is solved on, chunk by chunk."""
+        if self.drawn is None:
+            return self.observation.chunks()
+        step = max(1, UNFOLDED_ELEMENTS // (self.drawn[0].shape[1] + self.drawn[1].shape[1]))
+        return zip(self.drawn[0].split(step), self.drawn[1].split(step), strict=True)
+
+    def _scale(self) -> Tensor:
+        assert self.norm is not None
+        return self.norm.scale.to(self.dense.device)
+
+
+def observe(
+    layer: TracedLayer,
+    model: nn.Module,
+    pruned: nn.Module | None,
+    batches: list[Any],
+    run: Run,
+    *,
+    device: torch.device | str | None,
+    max_rows: int | None = None,
+    seed: int = 0,
+    hold: bool = False,
+) -> Layer:
+    """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
+
+    With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again.
+
+    Raises
+    ------
+    RouteError
+        The two networks give the layer inputs of different shapes.
+    """
+    matrix, apart, size = layer.matrix, 0.0, 0.0
+
+    def source() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal apart, size
+        dense = capture.kept(model, batches, run, matrix, device=device)
+        if pruned is None:
+            yield from dense
+            return
+        for (kept, Z), (seen, _) in zip(dense, capture.kept(pruned, batches, run, layer.of(pruned), device=device), strict=True):
+            if seen.shape != kept.shape:
+                raise RouteError(
+                    f"layer {layer.name!r} is given {tuple(seen.shape)} in the pruned network and {tuple(kept.shape)} in the dense one; its shape "
+                    "depends on values, which a cascade cannot follow: use mode='parallel'"
+                )
+            apart += float((seen.double() - kept.double()).square().sum())
+            size += float(kept.double().square().sum())
+            yield seen, Z
+
+    where = torch.device(device) if device is not None else matrix.weight.device
+    norm = None if layer.norm is None else Norm(layer.norm.scale.to(where), layer.norm.shift.to(where))
+    seen = Observation(matrix, None if norm is None else norm.scale, source, hold=hold)
+    dense = matrix.as_matrix().to(where)
+    dense = dense.to(matrix.compute_dtype) if norm is None else (dense.double() * norm.scale[:, None]).to(matrix.compute_dtype)
+    # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within
+    disturbed = math.sqrt(apart) > _ROUNDING * torch.finfo(matrix.compute_dtype).eps * math.sqrt(size)
+    drawn = seen.drawn(max_rows, seed) if max_rows is not None and max_rows < seen.count else None
+    return Layer(layer.name, matrix, dense, norm, layer.function, disturbed, seen, drawn)
