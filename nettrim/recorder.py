@@ -78,6 +78,11 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's wrapper that this asks for would import the whole compiler, seconds on a first call, though nothing is compiled here."""
+        return False
+
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
         self.modules = modules
