@@ -98,14 +98,15 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
     M, N = program.shape
     G = torch.zeros((N, N), dtype=torch.float64, device=program.device)
     C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
-    for _, A, Y, V in program.row_chunks():
-        G.addmm_(A.T, A)
+    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+    # products of a chunk are as precise as the search; the sum over the chunks is in float64
+    for _, A, Y, V in program.row_chunks(program.dtype if dtype == torch.float32 else torch.float64):
+        G += A.T @ A
         T = Y
         if program.relu and initial is not None:
-            Z = A @ initial.double().T
+            Z = A @ initial.to(A).T
             T = Z - program.residual(Z, Y, V)
-        C.addmm_(T.T, A)
-    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+        C += T.T @ A
     quadratic, column, row = normalised(G, program.metric, dtype)
     return _Problem(program, quadratic, column, row, C / column * row)
 
