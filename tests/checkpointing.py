@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,12 @@ def state(result: PruneResult) -> dict[str, Any]:
 def files(folder: Path) -> list[Path]:
     """The layers' files, in the order in which they were written."""
     return sorted(folder.glob("execution-*/*"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function of a module returns in a new process: one that forks must not have had threads, as this one has had.
+
+    MKL's list of buffers is not whole in a child that was forked after another thread multiplied matrices: its first product may never end.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.submit(function, *args, **kwargs).result()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpointing import INPUTS, files, heavier, model, same, state
+from checkpointing import INPUTS, files, heavier, in_fresh_process, model, same, state
 from networks import hooks_of, same_bits, state_of
 from torch import Tensor
 
@@ -107,21 +107,24 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert same(result, prune(model(), INPUTS, epsilon=0.2))
 
 
+def within_quota(size: int, folder: Path) -> str:
+    """What a call says whose files may have so many bytes each."""
+    import resource  # Unix's
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def test_a_quota(tmp_path: Path) -> None:
     """A real limit on the size of files, in a process of its own: the second layer's file is too large for it."""
-    resource = pytest.importorskip("resource", reason="a limit on files is Unix's")
+    pytest.importorskip("resource", reason="a limit on files is Unix's")
     prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path / "free")
     sizes = sorted(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-    child = os.fork()
-    if not child:
-        message = ""
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, resource.RLIM_INFINITY))
-            prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path / "small")
-        except CheckpointError as error:
-            message = str(error)
-        os._exit(0 if "cannot be written: File too large" in message else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    assert "cannot be written: File too large" in in_fresh_process(within_quota, sizes[-1] - 1, tmp_path / "small")
     result = prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path / "small")
     assert same(result, prune(model(), INPUTS, epsilon=0.2)) and not list(tmp_path.rglob("*.tmp"))
 
@@ -131,22 +134,27 @@ def test_a_quota(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scenario", ("cascade", "exact zeros"))
 def test_a_kill_at_each_operation_on_files_loses_nothing(scenario: str) -> None:
-    found = soak_resume.crashes_at_files(scenario, every=3)
+    found = in_fresh_process(soak_resume.crashes_at_files, scenario, every=3)
     assert found.injected >= 8 and (found.lost, found.repeated, found.complaints) == (0, 0, [])
     assert found.resumed > 0
 
 
 def test_kills_at_random_times_lose_nothing() -> None:
-    found = soak_resume.crashes(6, seed=int.from_bytes(os.urandom(4)), scenarios=("parallel, processes", "a budget", "repair"))
+    found = in_fresh_process(soak_resume.crashes, 6, seed=int.from_bytes(os.urandom(4)), scenarios=("parallel, processes", "a budget", "repair"))
     assert found.injected >= 6 and (found.lost, found.repeated, found.complaints) == (0, 0, [])
 
 
-def test_the_judge_of_crashes_sees_a_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume that takes a damaged file for whole is what it must notice."""
+def crashes_with_a_reader_that_trusts() -> soak_resume.Crashes:
     def trusting(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, record = sealed.read(path)
         return {name: value + 1e-3 for name, value in tensors.items()}, record
 
-    monkeypatch.setattr(nettrim.checkpoints, "sealed", SimpleNamespace(**{**vars(sealed), "read": trusting}))
-    found = soak_resume.crashes_at_files("cascade", every=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nettrim.checkpoints, "sealed", SimpleNamespace(**{**vars(sealed), "read": trusting}))
+        return soak_resume.crashes_at_files("cascade", every=6)
+
+
+def test_the_judge_of_crashes_sees_a_lost_one() -> None:
+    """A resume that takes a damaged file for whole is what it must notice."""
+    found = in_fresh_process(crashes_with_a_reader_that_trusts)
     assert found.lost > 0 and "weights" in found.complaints[0]

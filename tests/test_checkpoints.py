@@ -1,7 +1,6 @@
 """`checkpoint_dir`: no layer is solved twice, what comes out is the same to the bit, and a folder that is not this run's is refused by name."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointing import INPUTS, files, heavier, model, same, state
+from checkpointing import INPUTS, files, heavier, in_fresh_process, model, same, state
 from networks import chain
 from torch import Tensor, nn
 
@@ -173,29 +172,31 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, below: str) -> None:
         prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path / "file" / below)
 
 
+def refusal(folder: Path) -> str:
+    """What a call on the folder says against it."""
+    try:
+        prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=folder)
+    except NetTrimError as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
 def test_a_second_call_on_the_folder_says_so_and_stops(tmp_path: Path) -> None:
     """In a thread of this process, and in another process, while the first one is at work; and afterwards not."""
     said: dict[str, str] = {}
 
-    def second(where: str) -> None:
-        try:
-            prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path)
-        except NetTrimError as error:
-            said[where] = f"{type(error).__name__} {error}"
+    def second() -> None:
+        said["thread"] = refusal(tmp_path)
 
     def progress(event: nettrim.ProgressEvent) -> None:
         if event.index != 2:
             return
-        thread = threading.Thread(target=second, args=("thread",))
+        thread = threading.Thread(target=second)
         thread.start()
         thread.join()
-        child = os.fork()
-        if not child:
-            second("process")
-            os._exit(0 if "is in use by another call" in said.get("process", "") else 1)
-        said["process"] = str(os.waitpid(child, 0)[1])
+        said["process"] = in_fresh_process(refusal, tmp_path)
 
     first = prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path, progress=progress)
-    assert "CheckpointError" in said["thread"] and "is in use by another call" in said["thread"]
-    assert said["process"] == "0"
+    for where in ("thread", "process"):
+        assert "CheckpointError" in said[where] and "is in use by another call" in said[where]
     assert same(prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path), first)
