@@ -123,7 +123,7 @@ class TestImages:
         result = nettrim("prune", made / "vit", "--calibration", made / "images", "--epsilon", 0.2, "--out", tmp_path / "out", "--json")
         assert result.exit_code == 0, result.output
         rows = {layer["rows"] for layer in json.loads(result.stdout)["report"]["layers"]}
-        assert rows == {11 * 5, 11}  # four patches and the class token of 11 images; the pooler sees the token alone
+        assert rows == {11 * 4, 11 * 5, 11}  # four patches of 11 images; with the class token; the pooler sees the token alone
 
     def test_pixels_are_as_the_folder_says(self, made, tmp_path):
         from nettrim import samples
