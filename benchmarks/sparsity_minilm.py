@@ -47,7 +47,7 @@ class Layer:
     G : Tensor, shape (N, N)
         ``AᵀA``, float64.
     seconds : float
-        What ``G`` took: added to the time of every method that needs it.
+        Of processor time that ``G`` took: added to the time of every method that needs it.
     """
 
     name: str
@@ -156,9 +156,9 @@ def capture(module: nn.Module, run: Callable[[], Any]) -> list[Layer]:
             handle.remove()
     layers = []
     for name, (layer, A) in seen.items():
-        start = time.perf_counter()
+        start = time.process_time()
         G = gram(A)
-        layers.append(Layer(name, layer.weight.detach(), A, G, time.perf_counter() - start))
+        layers.append(Layer(name, layer.weight.detach(), A, G, time.process_time() - start))
     return layers
 
 
@@ -181,9 +181,9 @@ def measure_layers(layers: list[Layer], method: str, kept: float | str) -> dict[
     found: dict[str, dict[str, Any]] = {}
     for layer in layers:
         wanted: Kept = kept if isinstance(kept, str) else round(kept * layer.W.numel())
-        start = time.perf_counter()
+        start = time.process_time()
         pruned = prune_layer(method, layer.W, layer.G, layer.A, wanted)
-        seconds = time.perf_counter() - start + (0 if method in OURS else layer.seconds)
+        seconds = time.process_time() - start + (0 if method in OURS else layer.seconds)
         found[layer.name] = {
             "error": layer_error(layer.W, pruned, layer.G),
             "seconds": seconds,

@@ -47,7 +47,7 @@ def _network_cell(run: Run) -> str:
 
 
 def network_tables(console: Console, runs: list[Run]) -> None:
-    """A table a network: accuracy, error of the logits and seconds, methods against shares; and one of the errors of its layers."""
+    """A table a network: accuracy, error of the logits and processor seconds, methods against shares; and one of the errors of its layers."""
     for network in _values(runs, "network"):
         members = _of(runs, network=network)
         shares = _values(members, "kept")
@@ -55,7 +55,7 @@ def network_tables(console: Console, runs: list[Run]) -> None:
         dense = next((f"dense: {100 * run['dense_accuracy']:.2f} %; " for run in members if "error" not in run), "")
         print_table(
             console,
-            f"{TITLES[network]}: test accuracy % / relative error of the logits / seconds, by weights kept",
+            f"{TITLES[network]}: test accuracy % / relative error of the logits / seconds of processor time, by weights kept",
             ("method", *map(_share, shares)),
             [
                 (method, *(_network_cell(run) for share in shares for run in _of(members, method=method, kept=share)))
@@ -75,14 +75,14 @@ def network_tables(console: Console, runs: list[Run]) -> None:
 
 
 def layer_tables(console: Console, runs: list[Run]) -> None:
-    """The section ``minilm``: mean relative error over the layers and seconds, methods against shares."""
+    """The section ``minilm``: mean relative error over the layers and processor seconds, methods against shares."""
     shares = _values(runs, "kept")
     rows = []
     for method in _values(runs, "method"):
         found = [run for share in shares for run in _of(runs, method=method, kept=share)]
         rows.append((method, *("failed" if "error" in run else f"{run['mean_error']:.4f} / {run['seconds']:.1f}" for run in found)))
     count = next((len(run["layers"]) for run in runs if "error" not in run), 0)
-    title = "all-MiniLM-L6-v2: mean relative error / seconds, by weights kept"
+    title = "all-MiniLM-L6-v2: mean relative error / seconds of processor time, by weights kept"
     caption = f"{count} linear layers, each by itself on {runs[0]['settings']['rows']:,} tokens"
     print_table(console, title, ("method", *map(_share, shares)), rows, caption)
 
