@@ -117,8 +117,10 @@ def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solutio
     epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
     discrepancy = stored_discrepancy(matrix, layer)
     if discrepancy <= epsilon:
-        blocks = layer.read(matrix).to(solution.weights).split(len(layer.dense) // len(budget.programs))
-        objective = sum(program.objective(block) for program, block in zip(budget.programs, blocks, strict=True))
+        stored, objective = layer.read(matrix).to(solution.weights), solution.objective
+        if not torch.equal(stored, solution.weights):
+            blocks = stored.split(len(stored) // len(budget.programs))
+            objective = sum(program.objective(block) for program, block in zip(budget.programs, blocks, strict=True))
         rounded = dataclasses.replace(solution, objective=objective, gap=relative_gap(objective, solution.lower_bound))
         return Stored(rounded, discrepancy, epsilon, None)
     matrix.write_back(before)

@@ -50,9 +50,14 @@ class Quadratic:
         return _eigen(self.G, self.dtype)
 
     @cached_property
-    def outputs(self) -> tuple[Tensor, Tensor] | None:
-        """Those of ``S``."""
-        return None if self.S is None else _eigen(self.S, self.dtype)
+    def outputs(self) -> tuple[Tensor, Tensor, float] | None:
+        """Of ``S``: eigenvalues (r,) of at least 1, the mean of all; their eigenvectors (M, r); the mean of the others, which they count as in a search."""
+        if self.S is None:
+            return None
+        sigma, U = _eigen(self.S, self.dtype)
+        large = sigma >= 1
+        rest = sigma[~large]
+        return sigma[large], U[:, large].contiguous(), float(rest.mean()) if len(rest) else 1.0
 
     def weigh(self, X: Tensor) -> Tensor:
         """``S X``."""
@@ -98,20 +103,18 @@ class Fit:
 def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> tuple[Tensor, Tensor]:
     """Step 1 from the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle, and the weights they have there.
 
-    In the bases of the eigenvectors, ``Ŵ = Uᵀ W Q``, the first step is one division: with ``P = Uᵀ (B − E) Q``,
+    In the basis of the eigenvectors of ``G`` the first step is one division; with ``P = (B − E) Q``, and without a metric (σ = 1),
 
-        argmin_W ½⟨S W G, W⟩ − ⟨S C, W⟩ + ρ/2 ‖W − B + E‖²  =  B − E + U [σ_i (Ĉ_ij − λ_j P_ij) / (σ_i λ_j + ρ)] Qᵀ
+        argmin_W ½⟨S W G, W⟩ − ⟨S C, W⟩ + ρ/2 ‖W − B + E‖²  =  B − E + [σ (Ĉ_ij − λ_j P_ij) / (σ λ_j + ρ)] Qᵀ
+
+    With one, σ is the mean of its small eigenvalues, and each of the large ones has a division of its own along its eigenvector
+    (:attr:`Quadratic.outputs`; their number decides the cost). The refit knows all of ``S``.
     """
     lam, Q = problem.inputs
-    into, out_of = Q, Q.T.contiguous()
-    sigma, U = problem.outputs or (None, None)
+    back = Q.T.contiguous()
+    sigma, U, common = problem.outputs or (None, None, 1.0)
     UT = None if U is None else U.T.contiguous()
-
-    def transform(X: Tensor) -> Tensor:
-        return X @ into if UT is None else UT @ (X @ into)
-
-    CQ = transform(C.to(problem.dtype))
-    curvature = lam if sigma is None else sigma.unsqueeze(1) * lam
+    CQ = C.to(problem.dtype) @ Q
     B = start.to(problem.dtype)
     mask = supports.nearest(B.square())
     B = B * mask
@@ -120,11 +123,12 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
     rho, still = _FIRST_WEIGHT, 0
     for _ in range(_ITERATIONS):
         before = mask
-        step = CQ - lam * transform(B - E)
-        if sigma is not None:
-            step *= sigma.unsqueeze(1)
-        step /= curvature + rho
-        step = step @ out_of if U is None else U @ (step @ out_of)
+        gradient = CQ - lam * ((B - E) @ Q)
+        step = gradient * (common / (common * lam + rho))
+        if sigma is not None and U is not None and UT is not None:
+            large = sigma.unsqueeze(1)
+            step += U @ ((UT @ gradient) * (large / (large * lam + rho) - common / (common * lam + rho)))
+        step = step @ back
         # over-relaxed, the point of the second step is aW + (1 − a)B + E = B + a(W − B) + E, and W − B = step − E
         T = B + relaxation * step + (1 - relaxation) * E
         mask = supports.nearest(T.square())
