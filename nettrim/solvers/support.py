@@ -51,7 +51,7 @@ class Quadratic:
 
     @cached_property
     def outputs(self) -> tuple[Tensor, Tensor, float] | None:
-        """Of ``S``: eigenvalues (r,) of at least 1, the mean of all; their eigenvectors (M, r); the mean of the others, which they count as in a search."""
+        """Of ``S``: eigenvalues (r,) of at least 1, the mean of all; their eigenvectors (M, r); the mean of the others, used for them in a search."""
         if self.S is None:
             return None
         sigma, U = _eigen(self.S, self.dtype)
