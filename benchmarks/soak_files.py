@@ -46,8 +46,15 @@ def seeds() -> dict[str, list[bytes]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     report = nettrim.prune(model, torch.randn(30, 6), epsilon=0.2).report
+    found[".compressed"] = [_compressed(model.state_dict()), _compressed({"0.weight": torch.eye(40), "same": model[0].weight.detach() * 0})]
     found[".json"] = [report.to_json().encode(), json.dumps(report.to_dict()).encode()]
     return found
+
+
+def _compressed(state: dict[str, torch.Tensor]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        nettrim.save_compressed(state, None, Path(folder) / "whole")
+        return (Path(folder) / "whole").read_bytes()
 
 
 def _written(write: Callable[[Any], Any]) -> bytes:
@@ -106,6 +113,8 @@ def read(path: Path) -> None:
     """Read a file by the reader that its suffix is for."""
     if path.suffix == ".json":
         str(nettrim.Report.from_json(path))
+    elif path.suffix == ".compressed":
+        nettrim.load_compressed(path)
     else:
         load_arrays(path, max_bytes=MAX_BYTES)
 

@@ -150,7 +150,7 @@ def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             tensors[name] = _dense(tensors, name, shape)
         for name, other in same.items():
             tensors[name] = tensors[other]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return tensors
 
