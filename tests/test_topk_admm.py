@@ -261,3 +261,21 @@ def test_supports_are_the_same_for_the_same_program():
     solutions = [nettrim.solve(LayerProgram(A, Y, nonzeros=20, activation=None), initial=W).weights for _ in range(2)]
     assert torch.equal(*solutions)
     assert Supports(UNSTRUCTURED, 20, torch.ones(16, dtype=torch.bool), None).count(solutions[0]) == 20
+
+
+def test_where_float32_finds_no_eigenvalues_float64_does(monkeypatch):
+    """LAPACK fails now and then in float32 on singular matrices: the eigenvalues are then those of float64."""
+    A = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A[:, 5:] = 0
+    quadratic = normalised(A.T @ A, None, torch.float32)[0]
+    eigh = torch.linalg.eigh
+
+    def fails_in_float32(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    values, vectors = quadratic.inputs
+    assert values.dtype == vectors.dtype == torch.float32
+    torch.testing.assert_close((vectors * values) @ vectors.T, quadratic.G.float(), rtol=0, atol=1e-5)

@@ -82,7 +82,10 @@ def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[Qu
 
 
 def _eigen(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix.to(dtype))
+    try:
+        values, vectors = torch.linalg.eigh(matrix.to(dtype))
+    except torch.linalg.LinAlgError:  # LAPACK in float32, on many inputs that are always 0 and some that are nearly the same: float64 converges
+        values, vectors = (part.to(dtype) for part in torch.linalg.eigh(matrix.double()))
     return values.clamp(min=0), vectors
 
 
