@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from networks import chain, same_bits, samples, state_of
+from networks import chain, hooks_of, same_bits, samples, state_of
 
 import nettrim
 from benchmarks import soak_load
-from nettrim import NetTrimError, prune, sharing
+from nettrim import NetTrimError, layers, prune, sharing
 
 INPUTS = samples(60, 8)
 
@@ -90,6 +90,25 @@ def test_a_model_that_is_written_into_meanwhile_is_noticed() -> None:
     with pytest.raises(NetTrimError, match="parameter '2.weight' changed while the model was pruned"):
         prune(model, INPUTS, epsilon=0.2, progress=train, inplace=True)
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_copy_is_made_without_the_hooks_of_a_thread_that_runs_the_model() -> None:
+    model, inside, go = chain(8, 6, 4), threading.Event(), threading.Event()
+
+    def run() -> None:
+        with sharing.turn():
+            handle = model[0].register_forward_hook(lambda *args: None)
+            inside.set()
+            go.wait(30)
+            handle.remove()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(30)
+    threading.Timer(0.2, go.set).start()
+    copied = layers.copy_of(model)
+    thread.join()
+    assert hooks_of(copied) == 0
 
 
 def test_a_forked_child_may_prune_while_a_thread_of_its_parent_does() -> None:

@@ -16,6 +16,7 @@ from nettrim.errors import ArgumentError
 from nettrim.layers import attention, convolution, linear, recurrent
 from nettrim.layers.base import Call, Kind, Part, find_kind, is_registered, register, unsupported_reason
 from nettrim.layers.views import ROWS_PER_CHUNK, Matrix, matrices, matrices_of, only_matrix, owners
+from nettrim.sharing import turn
 
 __all__ = [
     "ROWS_PER_CHUNK",
@@ -135,7 +136,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         The model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        with turn():  # without the hooks and flags of a thread that is running it
+            return copy.deepcopy(model)
     except Exception as error:
         raise ArgumentError(
             f"the model cannot be copied ({type(error).__name__}: {error}); expected a module that copy.deepcopy takes: "
