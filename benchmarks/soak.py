@@ -55,7 +55,8 @@ def certificates(scale: float, seed: int) -> Iterator[Figure]:
     from benchmarks import soak_certificates
 
     found = soak_certificates.soak(max(20, round(1000 * scale)), seed)
-    outcome = f"{found['optimal']} called optimal, {found['true']} proven exactly, {len(found['agreed'])} agreed, {len(found['open'])} open; {len(found['false'])} false"
+    undecided = f"{len(found['agreed'])} agreed, {len(found['open'])} open"
+    outcome = f"{found['optimal']} called optimal, {found['true']} proven exactly, {undecided}; {len(found['false'])} false"
     yield Figure("programs certified", found["programs"], outcome, len(found["false"]), (*found["false"], *found["open"]))
 
 
