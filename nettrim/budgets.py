@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from nettrim.errors import ArgumentError
+from nettrim.layers.convolution import Convolutional
 from nettrim.observing import HELD_ELEMENTS, Layer
+from nettrim.operators import Convolution, of_matrix
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
@@ -73,9 +75,17 @@ class _Sizes:
 
 
 def make_budget(
-    layer: Layer, *, relative: float, own: bool, inflation: float, consistency: str, penalty: str, bias_weight: float
+    layer: Layer,
+    *,
+    relative: float,
+    own: bool,
+    inflation: float,
+    consistency: str,
+    penalty: str,
+    bias_weight: float,
+    operator: bool = False,
 ) -> Budget:
-    """The programs of one layer.
+    """The programs of one layer; with ``operator`` those of a convolution whose rows are not held are about itself.
 
     ``relative`` is its share of ``‖Y‖_F``; ``own`` says that it was asked for this layer; ``inflation`` is ``γ`` (times ``κ``) and counts where the
     layer's inputs are disturbed and the budget is not its own. ``bias_weight`` is ``ω`` of the bias column; the ``"l0"`` penalty does not count it.
@@ -87,10 +97,11 @@ def make_budget(
     """
     if layer.ceiling is not None:
         consistency = "relaxed"  # the papers' set is the ReLU's
-    if consistency == "paper" and layer.relu and layer.drawn is None and layer.observation.rows is None:
+    operator = operator and isinstance(layer.matrix.kind, Convolutional) and layer.drawn is None
+    if consistency == "paper" and layer.relu and layer.drawn is None and layer.observation.rows is None and not operator:
         raise ArgumentError(
-            f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, or "
-            "consistency='relaxed'"
+            f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, "
+            "consistency='relaxed', or, of convolutions, solver='cg_admm'"
         )
     omega = _omega(layer, 0.0 if penalty == "l0" else bias_weight)
     one_sided = layer.disturbed and consistency == "paper" and layer.relu
@@ -108,6 +119,7 @@ def make_budget(
     programs = []
     for group, (inputs, targets) in enumerate(_program_rows(layer)):
         inside = _rows_of(layer, group)
+        inputs = of_matrix(layer.matrix, group, layer.observation.inputs()) if operator else inputs
         programs.append(
             LayerProgram(
                 inputs,
@@ -116,7 +128,7 @@ def make_budget(
                 penalty=penalty,
                 activation="relu" if layer.relu else None,
                 consistency=consistency,
-                upper=_upper(layer, group) if one_sided else None,
+                upper=_upper(layer, group, inputs) if one_sided else None,
                 floor=None if layer.floor is None else layer.floor[inside],
                 ceiling=None if layer.ceiling is None else layer.ceiling[inside],
                 l1_weights=omega,
@@ -265,15 +277,15 @@ def _shared(layer: Layer, pattern: Pattern, sparsity: float, support: Tensor | N
     return [int(count) for count in mask.view(layer.groups, -1).sum(1)]
 
 
-def _upper(layer: Layer, group: int) -> Tensor:
+def _upper(layer: Layer, group: int, inputs: Tensor | Stream) -> Tensor:
     """``V = Â Wᵀ`` of a group, rounded up: the dense weights must stay feasible in exact arithmetic, and are all there is where Ω is empty."""
-    held = layer.drawn or layer.observation.rows
-    assert held is not None
-    columns, outputs = layer.observation.columns(group)
-    dense = layer.dense[outputs].double()
-    V = torch.empty_like(held[1][:, outputs])
-    for part, A in zip(V.split(4096), held[0][:, columns].split(4096), strict=True):
-        exact = A.double() @ dense.T
-        nearest = exact.to(V.dtype)
-        part.copy_(torch.where(nearest < exact, torch.nextafter(nearest, torch.full_like(nearest, math.inf)), nearest))
-    return V
+    dense = layer.dense[_rows_of(layer, group)].double()
+    if isinstance(inputs, Convolution):
+        return _rounded_up(inputs.product(dense), layer.dense.dtype)
+    assert isinstance(inputs, Tensor)
+    return torch.cat([_rounded_up(A.double() @ dense.T, layer.dense.dtype) for A in inputs.split(4096)])
+
+
+def _rounded_up(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    nearest = exact.to(dtype)
+    return torch.where(nearest < exact, torch.nextafter(nearest, torch.full_like(nearest, math.inf)), nearest)

@@ -20,6 +20,7 @@ from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run
 from nettrim.errors import RouteError
 from nettrim.layers import Matrix
+from nettrim.layers.convolution import Convolutional
 from nettrim.tracing import TracedLayer
 
 HELD_ELEMENTS = 2**28  # of a layer's rows, or else of its inputs and outputs, in memory
@@ -38,8 +39,10 @@ class Observation:
         P, over all batches.
     """
 
-    def __init__(self, matrix: Matrix, scale: Tensor | None, source: Source, *, hold: bool = False) -> None:
-        """``source`` yields, batch by batch, what was kept of the input and ``Z``; it is run through once here. ``hold`` all rows, however many."""
+    def __init__(self, matrix: Matrix, scale: Tensor | None, source: Source, *, hold: bool = False, unfold: bool = True) -> None:
+        """``source`` yields, batch by batch, what was kept of the input and ``Z``; it is run through once here. ``hold`` all rows, however many;
+        without ``unfold`` what they are made of.
+        """
         self._matrix, self._scale, self._source = matrix, scale, source
         self._held: list[tuple[Tensor, Tensor]] | None = []
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -52,7 +55,7 @@ class Observation:
             if self._held is not None:
                 self._held.append((kept, Z))
         M, N = matrix.shape
-        if self._held is not None and self.count * (matrix.groups * (N + matrix.has_bias) + M) <= limit:
+        if unfold and self._held is not None and self.count * (matrix.groups * (N + matrix.has_bias) + M) <= limit:
             self._rows = self._whole()
             self._held = None
 
@@ -83,6 +86,12 @@ class Observation:
         step = max(1, UNFOLDED_ELEMENTS // max(1, A.shape[1] + U.shape[1]))
         for start in range(0, self.count, step):
             yield A[start : start + step, inside], U[start : start + step, of_group]
+
+    def inputs(self) -> list[Tensor] | Callable[[], Iterator[Tensor]]:
+        """What was kept of the input, batch by batch, of a layer whose rows are not held: as a list, or where that is too large, made anew."""
+        if self._held is not None:
+            return [kept for kept, _ in self._held]
+        return lambda: (kept for kept, _ in self._source())
 
     def columns(self, group: int | None) -> tuple[slice, slice]:
         """Which columns of all rows' ``A`` and ``U`` are a group's."""
@@ -255,10 +264,12 @@ def observe(
     max_rows: int | None = None,
     seed: int = 0,
     hold: bool = False,
+    unfold: bool = True,
 ) -> Layer:
     """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
 
-    With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again.
+    With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
+    convolution's inputs are held in their place.
 
     Raises
     ------
@@ -285,7 +296,8 @@ def observe(
 
     where = torch.device(device) if device is not None else matrix.weight.device
     norm = None if layer.norm is None else Norm(layer.norm.scale.to(where), layer.norm.shift.to(where))
-    seen = Observation(matrix, None if norm is None else norm.scale, source, hold=hold)
+    unfold = unfold or not isinstance(matrix.kind, Convolutional)
+    seen = Observation(matrix, None if norm is None else norm.scale, source, hold=hold, unfold=unfold)
     dense = matrix.as_matrix().to(where)
     dense = dense.to(matrix.compute_dtype) if norm is None else (dense.double() * norm.scale[:, None]).to(matrix.compute_dtype)
     # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within

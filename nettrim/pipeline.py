@@ -28,7 +28,7 @@ from nettrim.options import Options
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
 from nettrim.selection import Pattern
-from nettrim.solvers import Solution
+from nettrim.solvers import Solution, cg_admm
 from nettrim.storing import Stored, store
 from nettrim.tracing import Trace, TracedLayer
 
@@ -95,7 +95,8 @@ def execute(task: Task, options: Options) -> PruneResult:
     def prepare(layer: TracedLayer) -> tuple[Layer, Budget]:
         stream = pruned if options.mode == "cascade" else None
         hold = task.executor is not None
-        seen = observe(layer, model, stream, solve_on, run, device=device, max_rows=options.max_rows, seed=options.seed, hold=hold)
+        unfold = options.solver != cg_admm.NAME
+        seen = observe(layer, model, stream, solve_on, run, device=device, max_rows=options.max_rows, seed=options.seed, hold=hold, unfold=unfold)
         return seen, goals.budget(layer, seen, last=layer.name == last)
 
     def held_out(layer: TracedLayer) -> float | None:

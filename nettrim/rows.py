@@ -87,7 +87,7 @@ class Rows:
         An array (a ``numpy.memmap`` stays on disk), or a callable that returns a fresh iterable of row chunks each time. ``targets`` may be an
         array beside streamed ``inputs``; two streams must yield chunks of the same lengths.
     upper : Tensor, optional
-        For arrays only.
+        An array, beside streams too.
     floor : Tensor, (1,) or (M,), optional
         Targets below it are refused: those of a layer before a ReLU.
 
@@ -124,7 +124,8 @@ class Rows:
             self.dtype, self.device = self.inputs.dtype, self.inputs.device
         if 0 in (self.count, self.width, self.outputs):
             raise ArgumentError(f"inputs {(self.count, self.width)} or targets {(self.count, self.outputs)} are empty")
-        self.upper = None if upper is None else as_rows(upper, "upper", like=self.inputs)
+        like = self.inputs if self.inputs is not None else torch.empty(0, dtype=self.dtype, device=self.device)
+        self.upper = None if upper is None else as_rows(upper, "upper", like=like)
         if self.upper is not None and self.upper.shape != (self.count, self.outputs):
             raise ArgumentError(f"upper has shape {tuple(self.upper.shape)}; expected that of targets, {(self.count, self.outputs)}")
 
@@ -176,7 +177,8 @@ class Rows:
             return
         start = 0
         for a, y in _batches(self._pairs(), step):
-            yield slice(start, start + len(a)), _some(a, columns).to(dtype), y.to(dtype), None
+            V = None if self.upper is None else self.upper[start : start + len(a)].to(dtype)
+            yield slice(start, start + len(a)), _some(a, columns).to(dtype), y.to(dtype), V
             start += len(a)
         if start != self.count:
             raise ArgumentError(f"the stream of inputs gave {start} rows after {self.count} the first time; expected the same rows each time")
@@ -192,7 +194,7 @@ class Rows:
         assert self._target_stream is not None
         start = 0
         for y, _ in _batches(((Y, Y) for Y in (as_rows(chunk, "targets").to(self.device) for chunk in self._target_stream())), step):
-            yield slice(start, start + len(y)), y.to(dtype), None
+            yield slice(start, start + len(y)), y.to(dtype), None if self.upper is None else self.upper[start : start + len(y)].to(dtype)
             start += len(y)
 
     def _picked(self, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:

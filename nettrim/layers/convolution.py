@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nettrim.layers.base import Call, Kind, Part, register
+
+
+class Geometry(NamedTuple):
+    """How the positions of an output are laid over the (padded) input: a number for each dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def dims(self) -> int:
+        return len(self.kernel)
+
+    def positions(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """How many there are along each dimension of an input of that size; below 1 where it is smaller than the kernel."""
+        return tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(size, *self, strict=True))
 
 
 def patches(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Tensor:
@@ -31,10 +47,17 @@ def _every(steps: tuple[int, ...]) -> Any:
     return (..., *(slice(None, None, step) for step in steps))
 
 
-class _Convolutional(Kind):
+class Convolutional(Kind):
     """What convolutions and transposed ones share: outputs (B, M, O...), or (M, O...) without a batch."""
 
     channel = 1
+
+    def unfold(self, module: nn.Module, part: Part, kept: Tensor) -> Tensor:
+        return patches(kept, *self.geometry(module), part.groups)
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        """How the rows are patches of what is kept of the input."""
+        raise NotImplementedError
 
     def spread(self, module: nn.Module, part: Part, call: Call) -> float:
         """Rows pick entries of the input, so their number of each is all that there is to their spectral norm."""
@@ -58,7 +81,7 @@ def _batched(module: nn.Module, x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == dims + 1 else x
 
 
-class ConvolutionKind(_Convolutional):
+class ConvolutionKind(Convolutional):
     """``nn.Conv1d`` to ``nn.Conv3d``."""
 
     methods = ("forward", "_conv_forward")
@@ -69,11 +92,11 @@ class ConvolutionKind(_Convolutional):
         mode = "constant" if module.padding_mode == "zeros" else str(module.padding_mode)
         return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
 
-    def unfold(self, module: nn.Module, part: Part, kept: Tensor) -> Tensor:
-        return patches(kept, module.kernel_size, module.stride, module.dilation, part.groups)  # type: ignore[arg-type]
+    def geometry(self, module: nn.Module) -> Geometry:
+        return Geometry(module.kernel_size, module.stride, module.dilation)  # type: ignore[arg-type]
 
 
-class TransposedConvolutionKind(_Convolutional):
+class TransposedConvolutionKind(Convolutional):
     """``nn.ConvTranspose1d`` to ``nn.ConvTranspose3d``: a convolution of stride 1, its kernels flipped, over an input spread out by the stride."""
 
     def to_matrix(self, module: nn.Module, part: Part, weight: Tensor) -> Tensor:
@@ -99,9 +122,9 @@ class TransposedConvolutionKind(_Convolutional):
             around = [reach - padding, wanted - there + padding, *around]  # F.pad begins with the last dimension
         return F.pad(spread, around)
 
-    def unfold(self, module: nn.Module, part: Part, kept: Tensor) -> Tensor:
-        ones = (1,) * (kept.dim() - 2)
-        return patches(kept, module.kernel_size, ones, module.dilation, part.groups)  # type: ignore[arg-type]
+    def geometry(self, module: nn.Module) -> Geometry:
+        kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+        return Geometry(kernel, (1,) * len(kernel), module.dilation)  # type: ignore[arg-type]
 
 
 for _convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

@@ -13,7 +13,7 @@ from torch import Tensor
 from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.programs import LayerProgram
 from nettrim.rows import as_rows
-from nettrim.solvers import admm, blocks, cvxpy, gram_admm, osqp, prox_admm, topk_admm
+from nettrim.solvers import admm, blocks, cg_admm, cvxpy, gram_admm, osqp, prox_admm, topk_admm
 from nettrim.solvers.base import STATUSES, HistoryPoint, Solution, Solver, judge, threads_for
 from nettrim.solvers.presolve import presolve
 
@@ -23,6 +23,7 @@ SOLVERS: dict[str, Solver] = {
     prox_admm.NAME: Solver(prox_admm.NAME, prox_admm.refuses, prox_admm.run, 5000, drops_dead_inputs=True),
     gram_admm.NAME: Solver(gram_admm.NAME, gram_admm.refuses, gram_admm.run, 5000),
     admm.NAME: Solver(admm.NAME, admm.refuses, admm.run, 5000),
+    cg_admm.NAME: Solver(cg_admm.NAME, cg_admm.refuses, cg_admm.run, 5000),
     osqp.NAME: Solver(osqp.NAME, osqp.refuses, osqp.run, 20000),
     cvxpy.NAME: Solver(cvxpy.NAME, cvxpy.refuses, cvxpy.run, 200),
     topk_admm.NAME: Solver(topk_admm.NAME, topk_admm.refuses, topk_admm.run, 100),
@@ -83,7 +84,7 @@ def solve(
         What to solve; (P, N) inputs, (P, M) targets.
     solver : str
         ``"auto"`` (one of the next two), ``"prox_admm"`` (every program), ``"gram_admm"`` (no ReLU: one pass over the rows), ``"admm"`` (the
-        journal paper's: budgets, paper's set or no ReLU), ``"osqp"``
+        journal paper's: budgets, paper's set or no ReLU), ``"cg_admm"`` (the same on a :class:`nettrim.operators.Convolution`), ``"osqp"``
         (penalised programs) or ``"cvxpy"`` (every convex program, by Clarabel: slow, the oracle). ``"topk_admm"`` takes those that are not convex
         (``nonzeros=``, ``penalty="l0"``), and so does ``"auto"`` then.
     tol : float

@@ -20,16 +20,21 @@ def restricted_least_squares(G: Tensor, B: Tensor, mask: Tensor, steps: int = _C
 
     ``G`` (N, N) Gram matrix; ``B``, ``mask``, result (M, N). Jacobi preconditioned.
     """
-    scale = G.diagonal().clamp(min=torch.finfo(G.dtype).tiny).reciprocal()
+    return projected_gradients(lambda X: X @ G, G.diagonal(), B, mask, steps)
+
+
+def projected_gradients(apply: Callable[[Tensor], Tensor], diagonal: Tensor, B: Tensor, mask: Tensor, steps: int = _CG_STEPS) -> Tensor:
+    """The same where ``G`` is known by ``apply(X) = X G`` and its diagonal (N,)."""
+    scale = diagonal.clamp(min=torch.finfo(B.dtype).tiny).reciprocal()
     X = torch.zeros_like(B)
     R = torch.where(mask, B, 0.0)
     H = scale * R
     direction, rho = H, (R * H).sum(1, keepdim=True)
     # on a singular G (duplicate columns) what is left after convergence is rounding, whose quotients would be steps of any size
-    rounding = 10 * torch.finfo(G.dtype).eps
+    rounding = 10 * torch.finfo(B.dtype).eps
     converged = rounding**2 * rho
     for _ in range(steps):
-        Q = torch.where(mask, direction @ G, 0.0)
+        Q = torch.where(mask, apply(direction), 0.0)
         curvature = (direction * Q).sum(1, keepdim=True)
         usable = (rho > converged) & (curvature > rounding * (direction.square() / scale).sum(1, keepdim=True))
         alpha = torch.where(usable, rho / curvature, 0.0)
