@@ -18,8 +18,9 @@ from benchmarks.cifar_networks import Recipe, Trained, accuracy, load_or_train, 
 from benchmarks.memory import PeakMemory
 from benchmarks.pruners import PRUNERS
 from benchmarks.sparsity_judge import gram
-from nettrim import layers
-from nettrim.layers import Call, Matrix
+from nettrim import capture, layers
+from nettrim.calibration import runner
+from nettrim.layers import Matrix
 
 PEERS = ("magnitude", "sparsegpt", "alps")
 # Ours by the name in the tables: what each adds to the same call of `nettrim.prune`. The first is what is compared: all else is told to be the same.
@@ -45,26 +46,20 @@ def calibration_images(data: Images, samples: int, seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def layer_gram(model: nn.Module, matrix: Matrix, batches: list[Tensor], rows: int, seed: int) -> Tensor:
-    """``AᵀA`` (N, N) in float64 of a matrix's rows in this network, without the bias' column; of at most ``rows`` of them, drawn evenly."""
-    found: list[Call] = []
-    handle = matrix.module.register_forward_hook(lambda module, args, out: found.append(Call(args, {}, out)))
+    """``AᵀA`` (N, N) in float64 of a matrix's rows in this network, without the bias' column; of at most ``rows`` of them, drawn evenly.
+
+    The network is run no further than this layer.
+    """
     generator = torch.Generator().manual_seed(seed)
-    total: Tensor | None = None
-    count, images = None, sum(map(len, batches))
-    try:
-        for batch in batches:
-            found.clear()
-            model(batch)
-            A = matrix.input_rows(found[0])[:, : matrix.shape[1]]
-            count = len(A) // len(batch) * images if count is None else count
-            if count > rows:
-                share = round(rows * len(batch) / images)
-                A = A[torch.randperm(len(A), generator=generator)[:share]]
-            one = gram(A)
-            total = one if total is None else total + one
-    finally:
-        handle.remove()
-    assert total is not None
+    images = sum(map(len, batches))
+    N = matrix.shape[1]
+    total = torch.zeros(N, N, dtype=torch.float64)
+    for kept, _ in capture.kept(model, batches, runner(None), matrix):
+        A = matrix.kind.unfold(matrix.module, matrix.part, kept).flatten(1)
+        share = round(rows * len(kept) / images)
+        if share < len(A):
+            A = A[torch.randperm(len(A), generator=generator)[:share]]
+        total += gram(A)
     return total
 
 

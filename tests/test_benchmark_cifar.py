@@ -205,7 +205,7 @@ def test_no_more_rows_are_used_than_allowed_and_they_are_drawn_with_the_seed() -
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     whole = cifar_judge.layer_gram(model, matrix, batches, 10**6, 0)
     assert float(found[0].trace()) < 0.2 * float(whole.trace())
-    assert not model[0]._forward_hooks
+    assert not model[0]._forward_hooks and cifar_judge.layer_gram(model, layers.matrices(model)['7'], batches, 10**6, 0).shape == (4, 4)
 
 
 def test_ours_is_asked_for_the_same_number_of_weights_in_every_layer() -> None:
