@@ -29,6 +29,7 @@ from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
 from nettrim.rows import Stream
+from nettrim.solvers import cg_admm
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def make_budget(
     consistency: str,
     penalty: str,
     bias_weight: float,
-    operator: bool = False,
+    solver: str = "auto",
 ) -> Budget:
-    """The programs of one layer; with ``operator`` those of a convolution whose rows are not held are about itself.
+    """The programs of one layer; those of a convolution are about itself where that is what the ``solver`` takes, or all that takes the paper's set.
 
     ``relative`` is its share of ``‖Y‖_F``; ``own`` says that it was asked for this layer; ``inflation`` is ``γ`` (times ``κ``) and counts where the
     layer's inputs are disturbed and the budget is not its own. ``bias_weight`` is ``ω`` of the bias column; the ``"l0"`` penalty does not count it.
@@ -93,15 +94,17 @@ def make_budget(
     Raises
     ------
     ArgumentError
-        The paper's set, of a layer whose rows are not held.
+        The paper's set, of a layer whose rows are not held and that is no convolution.
     """
     if layer.ceiling is not None:
         consistency = "relaxed"  # the papers' set is the ReLU's
-    operator = operator and isinstance(layer.matrix.kind, Convolutional) and layer.drawn is None
-    if consistency == "paper" and layer.relu and layer.drawn is None and layer.observation.rows is None and not operator:
+    unheld = layer.drawn is None and layer.observation.rows is None
+    bounded = consistency == "paper" and layer.relu
+    operator = unheld and isinstance(layer.matrix.kind, Convolutional) and (solver == cg_admm.NAME or (solver == "auto" and bounded))
+    if bounded and unheld and not operator:
         raise ArgumentError(
-            f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, "
-            "consistency='relaxed', or, of convolutions, solver='cg_admm'"
+            f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, or "
+            "consistency='relaxed'" + (", or solver='auto'" if isinstance(layer.matrix.kind, Convolutional) else "")
         )
     omega = _omega(layer, 0.0 if penalty == "l0" else bias_weight)
     one_sided = layer.disturbed and consistency == "paper" and layer.relu

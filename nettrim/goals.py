@@ -19,7 +19,6 @@ from nettrim.observing import Layer
 from nettrim.options import Options
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern, parse
 from nettrim.sensitivity import output_metrics
-from nettrim.solvers import cg_admm
 from nettrim.tracing import Trace, TracedLayer
 
 
@@ -79,7 +78,7 @@ class Goals:
             consistency=options.consistency,
             penalty=options.penalty,
             bias_weight=options.bias_weight,
-            operator=options.solver == cg_admm.NAME,
+            solver=options.solver,
         )
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import cifar, cifar_data, cifar_judge, cifar_networks, cifar_tables, data, pruners
+from benchmarks import cifar, cifar_data, cifar_judge, cifar_networks, cifar_tables, convolution, data, pruners
 from nettrim import layers
 from nettrim.errors import ConvergenceError
 
@@ -285,3 +285,18 @@ def test_what_is_asked_is_asked_of_the_best_peer() -> None:
 def test_wrong_options_are_refused(arguments: list[str], tmp_path: Path) -> None:
     result = invoke(tmp_path / "results.json", *arguments)
     assert result.exit_code == 2 and arguments[0] in result.output
+
+
+def test_the_ways_to_solve_for_a_convolution_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "in_a_process", lambda function, *arguments: function(*arguments))
+    arguments = ["--data", "digits", "--images", "6", "--tol", "0.01", "--max-iter", "100", "--threads", str(torch.get_num_threads())]
+    result = CliRunner().invoke(convolution.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    # the papers' set takes far more iterations
+    assert result.output.count("cg_admm") == 6 and result.output.count(" optimal ") == 7
+    monkeypatch.setattr(convolution, "measure", lambda _, __, way, *___: {**RUN, "objective": 2.0 if "cg" in way else 1.0})
+    result = CliRunner().invoke(convolution.main, arguments)
+    assert result.exit_code == 1 and "disagree on the optimum: relaxed, paper, no ReLU" in result.output
+
+
+RUN = {"seconds": 1.0, "extra_bytes": None, "solver": "x", "status": "optimal", "gap": 0.0, "iterations": 1, "shape": (1, 1, 1)}

@@ -181,12 +181,17 @@ def test_in_a_cascade_on_the_papers_set_no_patches_are_held(monkeypatch: pytest.
         raise AssertionError("rows were unfolded whole")
 
     model, x = network()
-    monkeypatch.setattr(Observation, "_whole", refuse)
     monkeypatch.setattr("nettrim.observing.HELD_ELEMENTS", 4_000)
-    result = nettrim.prune(model, x, epsilon=0.1, consistency="paper", solver="cg_admm", holdout=0)
-    assert [layer.solver for layer in result.report.layers] == ["cg_admm"] * 3 and result.report.certificate.holds
-    with pytest.raises(ArgumentError, match=r"rows are not held; give max_rows, .*solver='cg_admm'"):
-        nettrim.prune(model, x, epsilon=0.1, consistency="paper", holdout=0)
+    common: dict[str, Any] = {"epsilon": 0.1, "consistency": "paper", "holdout": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Observation, "_whole", refuse)
+        named = nettrim.prune(model, x, solver="cg_admm", **common)
+    assert [layer.solver for layer in named.report.layers] == ["cg_admm"] * 3 and named.report.certificate.holds
+    # of its own accord only where no other solver takes the program
+    chosen = nettrim.prune(model, x, **common)
+    assert [layer.solver for layer in chosen.report.layers] == ["cg_admm", "prox_admm", "gram_admm"] and chosen.report.certificate.holds
+    with pytest.raises(ArgumentError, match=r"rows are not held; give max_rows, .*or solver='auto'"):
+        nettrim.prune(model, x, solver="prox_admm", **common)
 
 
 def test_inputs_that_are_not_held_either_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ def _choose(name: str, program: LayerProgram) -> Solver:
     check_solver(name)
     if name == "auto":
         name = topk_admm.NAME if program.supports is not None else prox_admm.NAME if program.relu else gram_admm.NAME
+        if program.one_sided and program.streamed and cg_admm.refuses(program) is None:
+            name = cg_admm.NAME  # slower than the others, which don't take the papers' set of rows that are not held
     return SOLVERS[name]
 
 
