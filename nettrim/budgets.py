@@ -100,11 +100,17 @@ def make_budget(
         consistency = "relaxed"  # the papers' set is the ReLU's
     unheld = layer.drawn is None and layer.observation.rows is None
     bounded = consistency == "paper" and layer.relu
-    operator = unheld and isinstance(layer.matrix.kind, Convolutional) and (solver == cg_admm.NAME or (solver == "auto" and bounded))
-    if bounded and unheld and not operator:
+    itself = unheld and isinstance(layer.matrix.kind, Convolutional) and (solver == cg_admm.NAME or (solver == "auto" and bounded))
+    inputs_held = layer.observation.inputs if itself else None
+    if solver == cg_admm.NAME and itself and inputs_held is None:
+        raise ArgumentError(
+            f"solver='cg_admm' needs the inputs and outputs of layer {layer.name!r} in memory, and they are more than {HELD_ELEMENTS} numbers; give "
+            "fewer samples, or another solver with max_rows"
+        )
+    if bounded and unheld and inputs_held is None:
         raise ArgumentError(
             f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, or "
-            "consistency='relaxed'" + (", or solver='auto'" if isinstance(layer.matrix.kind, Convolutional) else "")
+            "consistency='relaxed'" + (", or solver='auto'" if isinstance(layer.matrix.kind, Convolutional) and not itself else "")
         )
     omega = _omega(layer, 0.0 if penalty == "l0" else bias_weight)
     one_sided = layer.disturbed and consistency == "paper" and layer.relu
@@ -122,7 +128,7 @@ def make_budget(
     programs = []
     for group, (inputs, targets) in enumerate(_program_rows(layer)):
         inside = _rows_of(layer, group)
-        inputs = of_matrix(layer.matrix, group, layer.observation.inputs()) if operator else inputs
+        inputs = inputs if inputs_held is None else of_matrix(layer.matrix, group, inputs_held)
         programs.append(
             LayerProgram(
                 inputs,

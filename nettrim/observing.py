@@ -87,11 +87,10 @@ class Observation:
         for start in range(0, self.count, step):
             yield A[start : start + step, inside], U[start : start + step, of_group]
 
-    def inputs(self) -> list[Tensor] | Callable[[], Iterator[Tensor]]:
-        """What was kept of the input, batch by batch, of a layer whose rows are not held: as a list, or where that is too large, made anew."""
-        if self._held is not None:
-            return [kept for kept, _ in self._held]
-        return lambda: (kept for kept, _ in self._source())
+    @property
+    def inputs(self) -> list[Tensor] | None:
+        """What was kept of the input, batch by batch, of a layer whose rows are not held; None where that is too large too."""
+        return None if self._held is None else [kept for kept, _ in self._held]
 
     def columns(self, group: int | None) -> tuple[slice, slice]:
         """Which columns of all rows' ``A`` and ``U`` are a group's."""

@@ -7,7 +7,7 @@ A patch's entries are the input's many times over, so ``A`` (P, N) may not fit w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from nettrim.layers.convolution import Convolutional, Geometry, patches
 
 _ELEMENTS = 2**22  # of rows or outputs made at a time
 
-Batches = Tensor | Sequence[Tensor] | Callable[[], Iterable[Tensor]]
+Batches = Tensor | Sequence[Tensor]
 
 
 class Convolution:
@@ -30,8 +30,8 @@ class Convolution:
 
     Parameters
     ----------
-    inputs : Tensor, (samples, channels, size...), sequence of such, or callable
-        What the kernels meet: padded. Or batches of it, or a callable that returns a fresh iterable of them each time.
+    inputs : Tensor, (samples, channels, size...), or sequence of such
+        What the kernels meet: padded. Batches of it may differ in size.
     kernel_size, stride, dilation : int or tuple of int
         As those of ``nn.Conv1d`` to ``nn.Conv3d``; a tuple says the number of dimensions, an int is for all of them.
     bias : bool
@@ -63,11 +63,12 @@ class Convolution:
         channels: slice = slice(None),
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._inputs, self._channels, self._dtype = inputs, channels, dtype
+        self._batches = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        self._channels, self._dtype = channels, dtype
         self.bias, self.rows, self.width = bias, 0, 0
         self._geometry: Geometry | None = None
         self._taken = 0
-        for x in self._batches():
+        for x in self._batches:
             if not isinstance(x, Tensor) or not x.is_floating_point() or not 3 <= x.dim() <= 5:
                 what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise ArgumentError(f"inputs hold {what}; expected floating-point tensors (samples, channels, size...) of 1 to 3 dimensions")
@@ -81,11 +82,6 @@ class Convolution:
             self.rows += len(x) * math.prod(self._positions(x))
         if not self.rows:
             raise ArgumentError("inputs hold no sample; expected at least one batch with one")
-
-    def _batches(self) -> Iterable[Tensor]:
-        if isinstance(self._inputs, Tensor):
-            return (self._inputs,)
-        return self._inputs() if callable(self._inputs) else self._inputs
 
     @staticmethod
     def _per_dimension(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -110,7 +106,7 @@ class Convolution:
     def _pieces(self, outputs: int) -> Iterator[tuple[slice, Tensor]]:
         """Samples, as many at a time as a bounded number of rows of ``outputs`` entries is of, with the rows that are theirs."""
         start = 0
-        for x in self._batches():
+        for x in self._batches:
             each = math.prod(self._positions(x))
             for piece in x[:, self._channels].split(max(1, _ELEMENTS // (each * max(1, outputs)))):
                 stop = start + len(piece) * each
