@@ -116,13 +116,13 @@ def measure(trained: Trained, data: Images, settings: dict[str, Any]) -> dict[st
         pruned = prune(model, batches, kept, method, settings["rows"], settings["seed"])
     seconds = time.perf_counter() - start
     test = centres(data.test)
-    dense = logits(model, test)
+    dense, found = logits(model, test), logits(pruned, test)
     nonzeros = {name: int(matrix.weights().count_nonzero()) for name, matrix in layers.matrices(pruned).items()}
     spread = OURS.get(method, {}).get("allocation") == "auto"
     return {
-        "dense_accuracy": trained.accuracy,
-        "accuracy": accuracy(pruned, test, data.test_labels),
-        "logit_error": float((logits(pruned, test) - dense).norm() / dense.norm()),
+        "dense_accuracy": accuracy(dense, data.test_labels),
+        "accuracy": accuracy(found, data.test_labels),
+        "logit_error": float((found - dense).norm() / dense.norm()),
         "seconds": seconds,
         "extra_bytes": memory.extra,
         "nonzeros": nonzeros,

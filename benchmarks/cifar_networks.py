@@ -88,10 +88,9 @@ RECIPES = {"convnet": Recipe(14, 0.05), "resnet": Recipe(9, 0.3), "tiny": Recipe
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network in eval mode, its test accuracy in [0, 1], and what tells its weights from others."""
+    """A trained network in eval mode, and what tells its weights from others."""
 
     model: nn.Module
-    accuracy: float
     fingerprint: str
 
 
@@ -101,9 +100,9 @@ def logits(model: nn.Module, inputs: Tensor, batch: int = 500) -> Tensor:
     return torch.cat([model(part) for part in inputs.split(batch)])
 
 
-def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Share of the images, in [0, 1], whose largest output is that of their class."""
-    return float((logits(model, inputs).argmax(dim=1) == labels).float().mean())
+    return float((outputs.argmax(dim=1) == labels).float().mean())
 
 
 def augmented(images: Tensor) -> Tensor:
@@ -185,8 +184,7 @@ def load_or_train(data: Images, network: str, recipe: Recipe, seed: int = 0, com
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")
         partial.write_bytes(content)
         partial.replace(path)
-    model = unpacked(network, path.read_bytes())
-    return Trained(model, accuracy(model, centres(data.test), data.test_labels), fingerprint)
+    return Trained(unpacked(network, path.read_bytes()), fingerprint)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -204,7 +202,7 @@ def main(networks: tuple[str, ...], data_name: str, epochs: int | None, seed: in
         content = packed(train(data, network, recipe, seed))
         path = out / f"{data.name}-{network}-{_fingerprint(data, network, recipe, seed)}.safetensors.xz"
         path.write_bytes(content)
-        found = accuracy(unpacked(network, content), centres(data.test), data.test_labels)
+        found = accuracy(logits(unpacked(network, content), centres(data.test)), data.test_labels)
         click.echo(f"{path}: {len(content):,} bytes, test accuracy {100 * found:.2f} %")
 
 

@@ -1,6 +1,6 @@
 """``python -m benchmarks.convolution``: one convolution's budget, its patches held, streamed, or never unfolded.
 
-The second convolution of the ConvNet (5 × 5, 64 to 64 channels) on CIFAR-10's test images, on the dense network's inputs; every way in a process of
+The second convolution of the ConvNet (5 × 5, 64 to 64 channels) on a few of CIFAR-10's test images, on the dense network's inputs; every way in a process of
 its own. With ``--data digits`` a convolution of the tiny network.
 """
 
@@ -69,7 +69,7 @@ def measure(data_name: str, images: int, way: str, which: str, share: float, tol
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--data", "data_name", type=click.Choice(list(LOADERS)), default="cifar", show_default=True)
-@click.option("--images", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--images", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--epsilon", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True, help="Budget, relative.")
 @click.option("--tol", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True, help="Gap asked for.")
 @click.option("--max-iter", type=click.IntRange(min=1), default=1000, show_default=True, help="Iterations, at most.")
