@@ -1,7 +1,7 @@
 """``python -m benchmarks.convolution``: one convolution's budget, its patches held, streamed, or never unfolded.
 
-The second convolution of the ConvNet (5 × 5, 64 to 64 channels) on a few of CIFAR-10's test images, on the dense network's inputs; every way in a process of
-its own. With ``--data digits`` a convolution of the tiny network.
+The second convolution of the ConvNet (5 × 5, 64 to 64 channels) on a few of CIFAR-10's test images, on the dense network's inputs; every
+way in a process of its own. With ``--data digits`` a convolution of the tiny network.
 """
 
 import time
