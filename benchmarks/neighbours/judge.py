@@ -1,0 +1,145 @@
+"""What is measured on a network that a method left, and on the same network after `nettrim.prune`."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nettrim
+from benchmarks.data import Dataset
+from benchmarks.neighbours.contract import Method, Task
+from benchmarks.neighbours.models import Residual
+from benchmarks.networks import accuracy
+from nettrim import penalties
+
+FALL = 0.002  # of test accuracy, that the pruning after it may cost
+ROWS = 20_000  # of a layer: images times positions
+LEAST = 0.005  # of the weights, in the search
+
+
+def live_units(model: nn.Module) -> tuple[int, int]:
+    """Hidden units that are made and read, and all of them.
+
+    A row of weights that is zero makes no unit, and one whose column in the next layer is zero is not read. In a chain both are known; elsewhere (a
+    residual sum is read by many, and so is what a model names in ``hidden_layers``) only the rows are.
+    """
+    if hasattr(model, "hidden_layers"):
+        rows = [model.get_submodule(name).weight.detach().any(dim=1) for name in model.hidden_layers]
+        return sum(int(each.sum()) for each in rows), sum(len(each) for each in rows)
+    known = list(penalties.weights(model).values())
+    live = total = 0
+    chain = isinstance(model, nn.Sequential) and not any(isinstance(module, Residual) for module in model)
+    for weight, reader in zip(known[:-1], known[1:], strict=True):
+        made = weight.detach().flatten(1).any(dim=1)
+        if chain:
+            made = made & reader.detach().transpose(0, 1).reshape(len(weight), -1).any(dim=1)
+        live += int(made.sum())
+        total += len(made)
+    return live, total
+
+
+def live_layers(model: nn.Module) -> int:
+    """Layers with a weight that is not zero."""
+    return sum(bool(weight.detach().any()) for weight in penalties.weights(model).values())
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Weights that are not zero, live units and live layers."""
+    units, _ = live_units(model)
+    return {
+        "weights": sum(int(weight.count_nonzero()) for weight in penalties.weights(model).values()),
+        "units": units,
+        "layers": live_layers(model),
+    }
+
+
+def _sparser(model: nn.Module, calibration: Tensor, density: float, seed: int, auto: bool) -> nn.Module:
+    """`nettrim.prune` to a share of the weights of all layers that have any, zeros stay: spread by its defaults, or evenly but for the last layer,
+    which keeps a quarter, or more where that is little."""
+    known = penalties.weights(model)
+    taken = [name for name, weight in known.items() if weight.detach().any()]
+    options: dict[str, Any] = {"sparsity": 1 - density}
+    if not auto:
+        shares = {name: 1 - density for name in taken}
+        shares[taken[-1]] = min(1 - density, 0.75)
+        # zeros that are there stay; a layer that has more already is left to its own
+        present = {name: 1 - int(known[name].count_nonzero()) / known[name].numel() for name in taken}
+        options = {"sparsity": {name: max(share, present[name]) for name, share in shares.items()}, "allocation": "uniform", "fidelity": "layer"}
+    result = nettrim.prune(model, calibration, targets=taken, holdout=0.0, preserve_zeros=True, max_rows=ROWS, seed=seed, **options)
+    return result.model
+
+
+def prune_after(model: nn.Module, data: Dataset, calibration: Tensor, seed: int, halvings: int, auto: bool = False) -> dict[str, Any]:
+    """The fewest weights that `nettrim.prune` leaves while test accuracy falls by at most 0.2 points, by bisection on the density's logarithm.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    data : Dataset
+        Accuracy is of its test images: the point that the table is about, the same for all methods.
+    calibration : Tensor, shape (samples, pixels)
+    seed : int
+    halvings : int
+        Of the bisection.
+    auto : bool
+        See `contract.Method`.
+
+    Returns
+    -------
+    dict
+        ``weights``, ``units``, ``layers``, ``accuracy``, ``seconds`` of one prune (the mean), and ``tried``: every (density, accuracy).
+    """
+    dense = accuracy(model, data.test_inputs, data.test_labels)
+    low, high = torch.log(torch.tensor(LEAST)).item(), 0.0
+    best, tried = model, []
+    start = time.perf_counter()
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        density = float(torch.tensor(middle).exp())
+        pruned = _sparser(model, calibration, density, seed, auto)
+        found = accuracy(pruned, data.test_inputs, data.test_labels)
+        tried.append((density, found))
+        if found >= dense - FALL:
+            best, high = pruned, middle
+        else:
+            low = middle
+    seconds = (time.perf_counter() - start) / halvings
+    return {**sizes(best), "accuracy": accuracy(best, data.test_inputs, data.test_labels), "seconds": seconds, "tried": tried}
+
+
+def measure(method: Method, task: Task, *, calibration: int, halvings: int) -> dict[str, Any]:
+    """Run a method and judge what it left.
+
+    Parameters
+    ----------
+    method : Method
+    task : Task
+    calibration, halvings : int
+        Images for the pruning after it, and steps of its search.
+
+    Returns
+    -------
+    dict
+        For the results file: sizes of the network at its start (``whole``) and as left, accuracy on the test images, seconds, and ``after``.
+
+    Raises
+    ------
+    NetTrimError
+        The weights do not keep the zeros that the method says that they have, or the network could not be pruned.
+    """
+    data = task.data
+    start = time.perf_counter()
+    left = method.run(task)
+    seconds = time.perf_counter() - start + task.borrowed
+    nettrim.check_masks(left.model, left.masks)
+    whole = left.start or task.build()
+    return {
+        "whole": {**sizes(whole), "units": live_units(whole)[1]},
+        **sizes(left.model),
+        "accuracy": accuracy(left.model, data.test_inputs, data.test_labels),
+        "seconds": seconds,
+        "notes": left.notes,
+        "after": prune_after(left.model, data, task.inputs[:calibration], task.seed, halvings, method.auto),
+    }
