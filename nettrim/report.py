@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from nettrim import reading, rendering
+from nettrim import reading
 from nettrim.errors import ArgumentError, NetTrimError
 from nettrim.solvers.base import HistoryPoint
 
@@ -125,7 +125,7 @@ class Certificate:
     explanation: str
 
     def __str__(self) -> str:
-        return rendering.verdict(self)
+        return _rendering().verdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Report:
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        return rendering.text.render(self)
+        return _rendering().text.render(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dictionaries, lists, strings and numbers only.
@@ -264,7 +264,7 @@ class Report:
         OSError
             `path` cannot be written.
         """
-        Path(path).write_text(rendering.page.render(self, masks or {}, facts or {}), encoding="utf-8")
+        Path(path).write_text(_rendering().page.render(self, masks or {}, facts or {}), encoding="utf-8")
 
     def plot(self, *, masks: "Mapping[str, Tensor] | None" = None) -> "Figure":
         """Return a figure: densities, discrepancies promised, measured and held out, the error through the depth, and gaps.
@@ -287,7 +287,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise _missing("Report.plot", "matplotlib", "plot") from error
-        return rendering.figure.draw(self, Figure, masks or {})
+        return _rendering().figure.draw(self, Figure, masks or {})
 
 
 def _missing(what: str, package: str, extra: str) -> NetTrimError:
@@ -317,3 +317,10 @@ def _plain_name(value: object) -> str:
     named = value if hasattr(value, "__qualname__") else type(value)
     shown = str(value)
     return f"{named.__module__}.{named.__qualname__}" if named is value or " at 0x" in shown else shown
+
+
+def _rendering() -> Any:
+    """Tables, pages and figures: imported when there is one to draw."""
+    from nettrim import rendering
+
+    return rendering
