@@ -20,7 +20,9 @@ from nettrim.report import Certificate, LayerReport, Report
 from nettrim.solvers import HistoryPoint, Solution, solve
 
 if TYPE_CHECKING:
-    from nettrim import criteria, layers, penalties
+    from nettrim import criteria as criteria
+    from nettrim import layers as layers
+    from nettrim import penalties as penalties
     from nettrim.compression import CompressedSize, load_compressed, save_compressed
     from nettrim.folder import load, save
     from nettrim.latency import BenchReport, BenchTiming, bench
