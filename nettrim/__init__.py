@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nettrim import penalties as penalties
     from nettrim.compression import CompressedSize, load_compressed, save_compressed
     from nettrim.folder import load, save
+    from nettrim.from_disk import prune_folder
     from nettrim.latency import BenchReport, BenchTiming, bench
     from nettrim.masks import apply_masks, check_masks, remove_masks
     from nettrim.shrinking import shrink
@@ -39,6 +40,7 @@ _LATER = {
     **dict.fromkeys(("load", "save"), "folder"),
     **dict.fromkeys(("BenchReport", "BenchTiming", "bench"), "latency"),
     **dict.fromkeys(("apply_masks", "check_masks", "remove_masks"), "masks"),
+    "prune_folder": "from_disk",
     "shrink": "shrinking",
     "SparseLinear": "sparse_linear",
     **dict.fromkeys(("SparseLayer", "SparseReport"), "sparse_report"),
@@ -95,6 +97,7 @@ __all__ = [
     "load",
     "load_compressed",
     "prune",
+    "prune_folder",
     "remove_masks",
     "save",
     "save_compressed",

@@ -19,8 +19,10 @@ from nettrim.tracing import TracedLayer
 _ELEMENTS = 2**26  # of one network's layer outputs held at a time: 256 MB in float32
 
 
-def accumulated(model: nn.Module, pruned: nn.Module, wanted: Sequence[TracedLayer], batches: list[Any], run: Run) -> dict[str, float | None]:
-    """Relative discrepancy of layers' outputs between two whole networks.
+def accumulated(
+    model: nn.Module, pruned: nn.Module, wanted: Sequence[TracedLayer], batches: list[Any], run: Run, pruned_batches: list[Any] | None = None
+) -> dict[str, float | None]:
+    """Relative discrepancy of layers' outputs between two networks, or the same part of both.
 
     Parameters
     ----------
@@ -31,6 +33,8 @@ def accumulated(model: nn.Module, pruned: nn.Module, wanted: Sequence[TracedLaye
     batches : list
         As `nettrim.calibration.batches` returns them.
     run : callable(model, batch)
+    pruned_batches : list, optional
+        What the pruned one is given, where it is not the same.
 
     Returns
     -------
@@ -45,7 +49,8 @@ def accumulated(model: nn.Module, pruned: nn.Module, wanted: Sequence[TracedLaye
         here = [layer for layer in wanted if layer.name in group]
         squares, norms = dict.fromkeys(group, 0.0), dict.fromkeys(group, 0.0)
         for index, batch in enumerate(batches):
-            dense, other = (_outputs(network, here, batch, index, run) for network in (model, pruned))
+            theirs = batch if pruned_batches is None else pruned_batches[index]
+            dense, other = (_outputs(network, here, given, index, run) for network, given in ((model, batch), (pruned, theirs)))
             for name in group:
                 if name not in dense or name not in other or dense[name].shape != other[name].shape:
                     squares[name] = math.nan

@@ -174,6 +174,7 @@ def make_selection(
     else:
         pattern.check((M // layer.groups, N), f"layer {layer.name!r}")
         kept = _shared(layer, pattern, sparsity, support)
+    known = layer.moments
     programs = []
     for group, (inputs, targets) in enumerate(_program_rows(layer, lean, plain=True)):
         inside = _rows_of(layer, group)
@@ -187,6 +188,7 @@ def make_selection(
                 pattern=pattern.text,
                 metric=None if metric is None else (metric[inside] if metric.ndim == 1 else metric[inside, inside]).to(layer.dense),
                 support=None if support is None else support[inside].to(layer.dense.device),
+                moments=known if known is None or lean is None else known.leaning(lean, layer.dense),
             )
         )
     return Budget(tuple(programs), None, None)
@@ -194,6 +196,10 @@ def make_selection(
 
 def misfit(layer: Layer, W: Tensor) -> float:
     """What folded weights (M, N) may cost on all rows, in float64: ``F(W)``, or ``L²`` times it, which is no less than the squared discrepancy."""
+    if layer.moments is not None and layer.drawn is None and not layer.relu:
+        left = layer.moments.left(W)
+        if left is not None:
+            return layer.lipschitz**2 * float(left.sum())
     total = 0.0
     for A, U in layer.observation.chunks():
         total += float(_residual(layer, W, A, U).square().sum())

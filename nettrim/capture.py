@@ -6,7 +6,8 @@ Everything runs inside `evaluation`, and every hook is gone afterwards, whatever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -129,6 +130,52 @@ def kept(
             yield seen[0]
         else:
             yield torch.cat([x for x, _ in seen]), torch.cat([z for _, z in seen])
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What was seen of a layer in one batch: what its kind keeps of the input, the same tensor for layers that were given the same one, and ``Z``."""
+
+    kept: Tensor
+    Z: Tensor
+
+
+def together(
+    model: nn.Module, batches: list[Any], run: Run, matrices: Mapping[str, Matrix], *, device: torch.device | str | None = None
+) -> Iterator[tuple[dict[str, Seen], Any]]:
+    """As `kept`, of several layers in one forward pass of each batch, and what ``run`` returned. None of them may run more than once in a pass."""
+    for index, batch in enumerate(batches):
+        found: dict[str, Seen] = {}
+        given: list[tuple[Any, int, type, Tensor]] = []  # the inputs themselves: while they are held no other has their memory
+
+        def hook(name: str, matrix: Matrix, index: int = index, found: dict[str, Seen] = found, given: list[Any] = given) -> Any:
+            kind, part = matrix.kind, matrix.part
+
+            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+                call = layers.Call(args, kwargs, out)
+                x, own = call.argument(module), type(kind)
+                kept = next((kept for y, version, other, kept in given if y is x and version == x._version and other is own), None)
+                if kept is None:
+                    kept = kind.inputs(module, part, call).to(device=device, copy=True)
+                    _require_finite(kept, f"the input of layer {name!r}", index)
+                    given.append((x, x._version, own, kept))
+                Z = kind.outputs(module, part, call).to(device=device, dtype=matrix.compute_dtype, copy=True)
+                _require_finite(Z, f"the output of layer {name!r}", index)
+                found[name] = Seen(kept, Z)
+
+            return after
+
+        with evaluation(model), ExitStack() as stack:
+            for name, matrix in matrices.items():
+                stack.callback(matrix.module.register_forward_hook(hook(name, matrix), prepend=True, with_kwargs=True).remove)
+            output = run_batch(model, batch, index, run)
+        if len(found) < len(matrices):
+            missing = next(name for name in matrices if name not in found)
+            raise RouteError(
+                f"layer {missing!r} did not run in calibration batch {index}; expected it to run in every batch: leave it out (ignore) or leave out "
+                "that batch"
+            )
+        yield found, output
 
 
 def rows(

@@ -14,6 +14,8 @@ from nettrim.observing import Layer
 from nettrim.report import Certificate, LayerReport
 from nettrim.tracing import Trace, TracedLayer
 
+_CHUNK = 2**22  # of an output's elements in float64 at a time
+
 
 def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
     """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
@@ -132,10 +134,45 @@ def _reach(layer: TracedLayer, matrix: Matrix) -> float:
     return largest * layer.spread * (1.0 if layer.function is None else layer.function.lipschitz)
 
 
+@dataclass
+class Apart:
+    """How far the outputs of two networks lie apart, summed up batch by batch, so that no output is held.
+
+    Attributes
+    ----------
+    difference, square : float
+        ``‖pruned − dense‖²`` and ``‖dense‖²``.
+    """
+
+    difference: float = 0.0
+    square: float = 0.0
+
+    def add(self, dense: list[Tensor], pruned: list[Tensor]) -> None:
+        """Add the floating-point tensors of a batch's output.
+
+        Raises
+        ------
+        NetTrimError
+            They have different shapes.
+        """
+        if [tensor.shape for tensor in dense] != [tensor.shape for tensor in pruned]:
+            raise _incomparable([tuple(tensor.shape) for tensor in pruned], [tuple(tensor.shape) for tensor in dense])
+        for ours, theirs in zip(dense, pruned, strict=True):
+            for a, b in zip(ours.reshape(-1).split(_CHUNK), theirs.reshape(-1).split(_CHUNK), strict=True):
+                exact = a.double()
+                self.difference += float((b.double() - exact).square().sum())
+                self.square += float(exact.square().sum())
+
+    @property
+    def figures(self) -> tuple[float, float]:
+        """The Frobenius norm of the difference, absolute and relative to the dense output."""
+        return _figures(math.sqrt(self.difference), math.sqrt(self.square))
+
+
 def certify(
     reports: tuple[LayerReport, ...],
-    outputs: tuple[Tensor, Tensor],
-    holdout: tuple[Tensor, Tensor] | None,
+    outputs: tuple[Tensor, Tensor] | Apart,
+    holdout: tuple[Tensor, Tensor] | Apart | None,
     guaranteed: float | None,
     why_not: str | None,
 ) -> Certificate:
@@ -145,14 +182,14 @@ def certify(
     ----------
     reports : tuple of LayerReport
         Each with its promise and what was measured.
-    outputs, holdout : (dense, pruned) Tensors
-        The network's outputs on the samples solved on, and on those kept out.
+    outputs, holdout : (dense, pruned) Tensors, or Apart
+        The network's outputs on the samples solved on, and on those kept out; or how far they lie apart.
     guaranteed : float or None
         The bound on the network's output discrepancy.
     why_not : str or None
         Why there is no bound, where it is None.
     """
-    measured, relative = _difference(*outputs)
+    measured, relative = outputs.figures if isinstance(outputs, Apart) else _difference(*outputs)
     broken = [report.name for report in reports if not report.discrepancy <= report.epsilon]
     within = guaranteed is None or measured <= guaranteed
     if broken:
@@ -169,7 +206,7 @@ def certify(
         holds=not broken and within and math.isfinite(measured),
         guaranteed=guaranteed,
         measured=measured,
-        holdout=None if holdout is None else _difference(*holdout)[1],
+        holdout=None if holdout is None else (holdout.figures if isinstance(holdout, Apart) else _difference(*holdout))[1],
         relative_measured=relative,
         explanation=explanation,
     )
@@ -178,10 +215,16 @@ def certify(
 def _difference(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
     """Frobenius norm of the difference, absolute and relative to the dense output."""
     if dense.shape != pruned.shape:
-        raise NetTrimError(
-            f"the pruned network's output has {tuple(pruned.shape)} rows and columns over all batches, the dense one's {tuple(dense.shape)}; its "
-            "shape depends on values, so the two cannot be compared: give a forward_fn that returns an output of fixed shape"
-        )
-    difference = float((pruned.double() - dense.double()).norm())
-    norm = float(dense.double().norm())
+        raise _incomparable(tuple(pruned.shape), tuple(dense.shape))
+    return _figures(float((pruned.double() - dense.double()).norm()), float(dense.double().norm()))
+
+
+def _figures(difference: float, norm: float) -> tuple[float, float]:
     return difference, difference / norm if norm > 0 else (0.0 if difference == 0 else math.inf)
+
+
+def _incomparable(pruned: object, dense: object) -> NetTrimError:
+    return NetTrimError(
+        f"the pruned network's output has {pruned} rows and columns over all batches, the dense one's {dense}; its "
+        "shape depends on values, so the two cannot be compared: give a forward_fn that returns an output of fixed shape"
+    )

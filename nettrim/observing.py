@@ -6,6 +6,7 @@ another run of the network, batch by batch. What is held at a time is bounded by
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from nettrim import capture
 from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run
 from nettrim.errors import RouteError
+from nettrim.grams import Gram, Moments, moments
 from nettrim.layers import Matrix
 from nettrim.layers.convolution import Convolutional
 from nettrim.tracing import TracedLayer
@@ -150,6 +152,8 @@ class Layer:
         All rows: what promises are about.
     drawn : (Tensor, Tensor) or None
         The rows that the program is solved on, where they are not all.
+    gram : Gram or None
+        Of those rows, perhaps shared with the layers that are given the same ones.
     """
 
     name: str
@@ -160,6 +164,7 @@ class Layer:
     disturbed: bool
     observation: Observation
     drawn: tuple[Tensor, Tensor] | None = None
+    gram: Gram | None = None
 
     @property
     def groups(self) -> int:
@@ -240,6 +245,11 @@ class Layer:
         stacked = torch.bmm(A.unflatten(1, (self.groups, -1)).transpose(0, 1), W.unflatten(0, (self.groups, -1)).transpose(1, 2))
         return stacked.transpose(0, 1).flatten(1)
 
+    @functools.cached_property
+    def moments(self) -> Moments | None:
+        """Those of the rows that the program is solved on and the dense pre-activations, where there is one Gram matrix of them."""
+        return None if self.gram is None or self.groups > 1 else moments(self.gram, self.solved_on())
+
     def solved_on(self) -> Iterator[tuple[Tensor, Tensor]]:
         """``(A, U)`` of the rows that the program is solved on, chunk by chunk."""
         if self.drawn is None:
@@ -264,26 +274,53 @@ def observe(
     seed: int = 0,
     hold: bool = False,
     unfold: bool = True,
+    pruned_batches: list[Any] | None = None,
 ) -> Layer:
     """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
 
     With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
-    convolution's inputs are held in their place.
+    convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same.
 
     Raises
     ------
     RouteError
         The two networks give the layer inputs of different shapes.
     """
+
+    def dense() -> Iterator[tuple[Tensor, Tensor]]:
+        return capture.kept(model, batches, run, layer.matrix, device=device)
+
+    def disturbed() -> Iterator[Tensor]:
+        assert pruned is not None
+        given = batches if pruned_batches is None else pruned_batches
+        return (seen for seen, _ in capture.kept(pruned, given, run, layer.of(pruned), device=device))
+
+    return observed(
+        layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram()
+    )
+
+
+def observed(
+    layer: TracedLayer,
+    dense: Source,
+    disturbed: Callable[[], Iterator[Tensor]] | None,
+    *,
+    device: torch.device | str | None,
+    max_rows: int | None = None,
+    seed: int = 0,
+    hold: bool = False,
+    unfold: bool = True,
+    gram: Gram | None = None,
+) -> Layer:
+    """As `observe`, of what was seen: batch by batch in the dense network what was kept of the input, and ``Z``; and in the pruned one the former."""
     matrix, apart, size = layer.matrix, 0.0, 0.0
 
     def source() -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal apart, size
-        dense = capture.kept(model, batches, run, matrix, device=device)
-        if pruned is None:
-            yield from dense
+        if disturbed is None:
+            yield from dense()
             return
-        for (kept, Z), (seen, _) in zip(dense, capture.kept(pruned, batches, run, layer.of(pruned), device=device), strict=True):
+        for (kept, Z), seen in zip(dense(), disturbed(), strict=True):
             if seen.shape != kept.shape:
                 raise RouteError(
                     f"layer {layer.name!r} is given {tuple(seen.shape)} in the pruned network and {tuple(kept.shape)} in the dense one; its shape "
@@ -297,9 +334,9 @@ def observe(
     norm = None if layer.norm is None else Norm(layer.norm.scale.to(where), layer.norm.shift.to(where))
     unfold = unfold or not isinstance(matrix.kind, Convolutional)
     seen = Observation(matrix, None if norm is None else norm.scale, source, hold=hold, unfold=unfold)
-    dense = matrix.as_matrix().to(where)
-    dense = dense.to(matrix.compute_dtype) if norm is None else (dense.double() * norm.scale[:, None]).to(matrix.compute_dtype)
+    weights = matrix.as_matrix().to(where)
+    weights = weights.to(matrix.compute_dtype) if norm is None else (weights.double() * norm.scale[:, None]).to(matrix.compute_dtype)
     # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within
-    disturbed = math.sqrt(apart) > _ROUNDING * torch.finfo(matrix.compute_dtype).eps * math.sqrt(size)
+    changed = math.sqrt(apart) > _ROUNDING * torch.finfo(matrix.compute_dtype).eps * math.sqrt(size)
     drawn = seen.drawn(max_rows, seed) if max_rows is not None and max_rows < seen.count else None
-    return Layer(layer.name, matrix, dense, norm, layer.function, disturbed, seen, drawn)
+    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram)

@@ -17,18 +17,21 @@ from torch import Tensor, nn
 from nettrim import batchnorm, capture, dispatch, layers, selection
 from nettrim import calibration as calibrations
 from nettrim.accumulation import accumulated
+from nettrim.blockwise import Chain
 from nettrim.budgets import Budget
-from nettrim.certificate import certify, make_promise, network_bound, output_norm, stored_discrepancy
+from nettrim.certificate import Apart, certify, make_promise, network_bound, output_norm, stored_discrepancy
 from nettrim.checkpoints import Checkpoint, Record
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError, RouteError
 from nettrim.goals import Goals, Measured, set_goals
 from nettrim.layers import Matrix
-from nettrim.observing import Layer, observe
+from nettrim.observing import Layer
 from nettrim.options import Options
 from nettrim.progress import Progress, ProgressEvent
 from nettrim.report import LayerReport, Report
+from nettrim.routes import Blocks, Whole, run_both
 from nettrim.selection import Pattern
 from nettrim.solvers import Solution, cg_admm
+from nettrim.stages import Stage
 from nettrim.storing import Stored, store
 from nettrim.tracing import Trace, TracedLayer
 
@@ -65,6 +68,9 @@ class Task:
     device: torch.device | str | None
     progress: bool | Callable[[ProgressEvent], None] | None
     executor: Executor | None
+    into: nn.Module | None = None  # what is pruned, where it is no copy made here
+    chain: Chain | None = None
+    blocks: str | None = None  # what they are, in words, or why there are none
     checkpoint: Checkpoint | None = None
     measured: Measured = dataclasses.field(default_factory=Measured)
 
@@ -86,32 +92,35 @@ def execute(task: Task, options: Options) -> PruneResult:
     if options.recalibrate_batchnorm:
         batchnorm.require(model)
     # before hours of solving, not after: the network's outputs can be compared
-    dense_outputs = [capture.outputs(model, part, run) for part in (solve_on, keep_out) if part]
-    pruned = layers.copy_of(model)
+    chain = task.chain
+    dense_outputs = [capture.outputs(model, part if chain is None else part[:1], run) for part in (solve_on, keep_out) if part]
+    pruned = layers.copy_of(model) if task.into is None else task.into
+    route = Whole(model, pruned, run, solve_on, keep_out, device) if chain is None else Blocks(chain, model, pruned, run, solve_on, keep_out, device)
+    cascade = options.mode == "cascade"
+    through: dict[str, float | None] = {}
+    stage: Stage
     records: dict[str, Record] = {}
     resumed_seconds = 0.0
     last_done = time.perf_counter()
 
     def prepare(layer: TracedLayer) -> tuple[Layer, Budget]:
-        stream = pruned if options.mode == "cascade" else None
-        hold = task.executor is not None
-        unfold = options.solver != cg_admm.NAME
-        seen = observe(layer, model, stream, solve_on, run, device=device, max_rows=options.max_rows, seed=options.seed, hold=hold, unfold=unfold)
+        held, unfold = task.executor is not None, options.solver != cg_admm.NAME
+        seen = stage.observe(layer, cascade=cascade, max_rows=options.max_rows, seed=options.seed, hold=held, unfold=unfold)
         return seen, goals.budget(layer, seen, last=layer.name == last)
 
     def held_out(layer: TracedLayer) -> float | None:
         if not keep_out:
             return None
         try:
-            rows = observe(layer, model, pruned if options.mode == "cascade" else None, keep_out, run, device=device)
+            rows = stage.kept_out(layer, cascade=cascade)
         except RouteError:  # nothing was promised of the samples kept out
             return None
-        return _share(stored_discrepancy(layer.of(pruned), rows), output_norm(rows))
+        return _share(stored_discrepancy(layer.of(stage.pruned), rows), output_norm(rows))
 
     def finish(seen: Layer, budget: Budget, solution: Solution) -> None:
         nonlocal last_done
-        layer = traced_by_name[seen.name]
-        matrix = layer.of(pruned)
+        layer = next(layer for layer in stage.layers if layer.name == seen.name)
+        matrix = layer.of(stage.pruned)
         stored = store(matrix, seen, budget, solution, options.solver, options.tol, options.max_iter)
         if stored.failure is not None and options.on_failure == "raise":
             raise _failure(seen.name, stored)
@@ -122,18 +131,21 @@ def execute(task: Task, options: Options) -> PruneResult:
             kept.save(seen.name, records[seen.name], None if stored.failure is not None else layers.as_matrix(matrix))
 
     def unsolved(report_progress: Callable[[str, str, float], None]) -> Iterator[TracedLayer]:
-        nonlocal resumed_seconds
-        for layer in chosen:
-            there = None if kept is None else kept.load(layer.name)
-            if there is None:
-                yield layer
-                continue
-            record, weights = there
-            if weights is not None:
-                layers.write_back(layer.of(pruned), weights)
-            resumed_seconds += record.seconds
-            records[layer.name] = record
-            report_progress(layer.name, record.status, _gap(record))
+        nonlocal resumed_seconds, stage
+        for stage in route.stages(chosen):
+            for layer in stage.layers:
+                there = None if kept is None else kept.load(layer.name)
+                if there is None:
+                    yield layer
+                    continue
+                record, weights = there
+                if weights is not None:
+                    layers.write_back(layer.of(stage.pruned), weights)
+                resumed_seconds += record.seconds
+                records[layer.name] = record
+                report_progress(layer.name, record.status, _gap(record))
+            if chain is not None:
+                through.update(stage.accumulated([layer for layer in stage.layers if _goes_through(layer, records.get(layer.name), options)]))
 
     with Progress(task.progress, len(chosen)) as report_progress:
         with contextlib.closing(dispatch.solutions(unsolved(report_progress), prepare, options, task.executor)) as solved:
@@ -145,29 +157,47 @@ def execute(task: Task, options: Options) -> PruneResult:
     reports = [record.report for _, record in done if record.report is not None]
     promises = {name: record.promise for name, record in done if record.promise is not None}
     stays = [traced_by_name[r.name] for r in reports]
-    if options.mode == "parallel" or any(layer.matrix.kind.feeds_itself for layer in stays):  # elsewhere a layer's own discrepancy is all there is
+    if chain is None and any(_goes_through(layer, records[layer.name], options) for layer in stays):
         through = accumulated(model, pruned, stays, solve_on, run)
-        reports = [dataclasses.replace(r, accumulated=through[r.name]) for r in reports]
+    reports = [dataclasses.replace(r, accumulated=through.get(r.name, r.accumulated)) for r in reports]
     why_not = traced.not_chain_reason
     if options.recalibrate_batchnorm:
         batchnorm.recalibrate(pruned, solve_on, run)
         why_not = "the BatchNorms' statistics were estimated again, and the layers' promises are about those before"
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
-    outputs = [(dense, capture.outputs(pruned, part, run)) for dense, part in zip(dense_outputs, (solve_on, keep_out), strict=False)]
+    parts = [part for part in (solve_on, keep_out) if part]
+    outputs: list[tuple[Tensor, Tensor] | Apart]
+    if isinstance(route, Blocks):
+        outputs = [_apart(pairs) for pairs in (route.outputs() if not options.recalibrate_batchnorm else run_both(model, pruned, parts, run))]
+    else:
+        outputs = [(dense, capture.outputs(pruned, part, run)) for dense, part in zip(dense_outputs, parts, strict=True)]
     entries = sum(math.prod(r.shape) for r in reports)
     report = Report(
         layers=tuple(reports),
         skipped=skipped,
         certificate=certify(tuple(reports), outputs[0], outputs[1] if keep_out else None, guaranteed, why_not),
-        options=options.describe(),
+        options={**options.describe(), "blocks": task.blocks},
         density=sum(r.nonzeros for r in reports) / entries if entries else 1.0,
         seconds=time.perf_counter() - start + resumed_seconds,
     )
     masks = {}
-    for report_of in reports:
+    for report_of in reports if task.into is None else ():
         layer = traced_by_name[report_of.name]
         masks[f"{layer.module_name}.{layer.matrix.part.weight}".lstrip(".")] = layer.of(pruned).weight.detach() != 0
     return PruneResult(pruned, masks, report)
+
+
+def _goes_through(layer: TracedLayer, record: Record | None, options: Options) -> bool:
+    """Whether what a layer's output is off by in the whole network is another figure than its own discrepancy."""
+    pruned = record is not None and record.report is not None
+    return pruned and (options.mode == "parallel" or layer.matrix.kind.feeds_itself)
+
+
+def _apart(pairs: Iterable[tuple[Any, Any]]) -> Apart:
+    found = Apart()
+    for dense, pruned in pairs:
+        found.add(*([tensor for tensor in capture.tensors_in(output) if tensor.is_floating_point()] for output in (dense, pruned)))
+    return found
 
 
 def _goals(task: Task, names: list[str], skipped: dict[str, str], options: Options) -> Goals:
@@ -200,7 +230,10 @@ def _record(matrix: Matrix, seen: Layer, budget: Budget, stored: Stored, seconds
     status = stored.solution.status
     if stored.failure is not None:
         return Record(status, seconds, None, None, stored.failure)
-    promise = make_promise(matrix, seen, stored.promise, budget.inflation)
+    if stored.sizes is not None:
+        promise = dataclasses.replace(stored.sizes, epsilon=stored.promise, inflation=budget.inflation)
+    else:
+        promise = make_promise(matrix, seen, stored.promise, budget.inflation)
     return Record(status, seconds, _layer_report(matrix, seen, stored, promise.output_norm, holdout), promise, None)
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from nettrim.duality import best_bound
 from nettrim.errors import ArgumentError
+from nettrim.grams import Moments
 from nettrim.patterns import Supports, make_supports
 from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
@@ -87,6 +88,8 @@ class LayerProgram:
         falls below it counts.
     l1_weights : float, Tensor or ndarray, (N,) or (M, N), optional
         ``ω ≥ 0`` (1 by default).
+    moments : Moments, optional
+        The sums over the rows that a program without a ReLU is about, where they are known already (:mod:`nettrim.grams`); for ``"topk_admm"``.
 
     Raises
     ------
@@ -109,6 +112,7 @@ class LayerProgram:
     floor: Tensor | None = field(default=None, kw_only=True)
     ceiling: Tensor | None = field(default=None, kw_only=True)
     l1_weights: Tensor | float | None = field(default=None, kw_only=True)
+    moments: Moments | None = field(default=None, kw_only=True, repr=False)
     supports: Supports | None = field(init=False, repr=False)
     _rows: Rows = field(init=False, repr=False)
 

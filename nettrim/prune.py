@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,16 +15,21 @@ from torch import nn
 
 from nettrim import batchnorm, checkpoints, digests, fingerprints, layers, selection, trials
 from nettrim import calibration as calibrations
+from nettrim.blockwise import Chain, NotBlocks
 from nettrim.errors import ArgumentError
+from nettrim.finding import find
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
 from nettrim.progress import ProgressEvent
+from nettrim.routes import check_order
 from nettrim.safeguard import Before
 from nettrim.selection import Pattern
 from nettrim.sharing import turn
-from nettrim.tracing import trace
+from nettrim.tracing import Trace, trace
 
 __all__ = ["ProgressEvent", "PruneResult", "prune"]
+
+_INTO: ContextVar[nn.Module | None] = ContextVar("into", default=None)
 
 
 @torch.inference_mode(False)
@@ -63,6 +69,7 @@ def prune(
     on_failure: str = "raise",
     neurons: int | None = None,
     recalibrate_batchnorm: bool = False,
+    blocks: str | Iterable[str] | None = "auto",
 ) -> PruneResult:
     """Prune a trained network by one convex program a layer, and certify the result.
 
@@ -153,6 +160,11 @@ def prune(
     recalibrate_batchnorm : bool
         Estimate the running statistics of the pruned network's BatchNorms again, on the samples solved on. What is measured of the network is
         measured with them; the layers' promises are about the dense network's, and there is no network bound.
+    blocks : str, several, or None
+        How a deep network is run (docs/big-models.md): block by block, each brought to ``device`` and put back, the hidden states carried along,
+        so that the work grows with the depth and not with its square. The weights are the same. ``"auto"`` finds the blocks where the network has
+        some, and ``report.options["blocks"]`` says which, or why there are none; the name of the module whose children they are, or their own
+        names or globs, are refused where the network is not made like that; None runs the whole network up to each layer.
 
     Returns
     -------
@@ -199,12 +211,14 @@ def prune(
     before = Before(model)
     try:
         traced = trace(model, solve_on, run)
+        chain, said = _chain(model, blocks, [*solve_on, *keep_out], run, traced, executor is not None and mode == "parallel")
         with contextlib.ExitStack() as stack:
             checkpoint = None
             if checkpoint_dir is not None:
                 fingerprint = fingerprints.of_run(model, found, options, targets=targets, ignore=ignore, forward_fn=forward_fn, device=device)
                 checkpoint = stack.enter_context(checkpoints.opened(checkpoint_dir, fingerprint))
-            result = trials.execute(Task(model, solve_on, keep_out, run, traced, targets, ignore, device, progress, executor, checkpoint), options)
+            task = Task(model, solve_on, keep_out, run, traced, targets, ignore, device, progress, executor, _INTO.get(), chain, said, checkpoint)
+            result = trials.execute(task, options)
         before.check_weights()
         if checkpoint is not None:
             noted = {**result.report.options, "checkpoint": checkpoint.summary()}
@@ -218,6 +232,39 @@ def prune(
     except BaseException:
         before.put_back()
         raise
+
+
+def prune_into(pruned: nn.Module, model: nn.Module, calibration: Any, **options: Any) -> PruneResult:
+    """As `prune`, but what is pruned is no copy made here: it is ``pruned``, which has the same weights. There are no masks: zeros say it."""
+    token = _INTO.set(pruned)
+    try:
+        return prune(model, calibration, **options)
+    finally:
+        _INTO.reset(token)
+
+
+def _chain(model: nn.Module, given: Any, batches: list[Any], run: calibrations.Run, traced: Trace, spread: bool) -> tuple[Chain | None, str]:
+    """The network's blocks, and what they are in words, or why there are none.
+
+    Raises
+    ------
+    ArgumentError
+        It has none such as were asked for.
+    """
+    if given is None:
+        return None, "none: the whole network, as asked"
+    if spread:
+        if given != "auto":
+            raise ArgumentError("blocks was given with an executor in parallel mode, which solves all layers at once; leave out one of them")
+        return None, "none: an executor solves all layers at once"
+    try:
+        chain = find(model, given, batches, run)
+        check_order(chain, traced)
+    except NotBlocks as error:
+        if given != "auto":
+            raise ArgumentError(f"blocks={given!r}: {error}; leave blocks out, or name others") from error
+        return None, f"none: {error}"
+    return chain, chain.said
 
 
 def _transfer(result: PruneResult, model: nn.Module) -> PruneResult:

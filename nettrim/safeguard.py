@@ -34,6 +34,7 @@ class Before:
     def __init__(self, model: nn.Module) -> None:
         with turn():
             self._modules = [(module, module.training, [dict(getattr(module, kind)) for kind in _HOOKS]) for module in model.modules()]
+            self._forwards = [(module, vars(module).get("forward")) for module in model.modules()]  # a stub takes a block's place meanwhile
             self._buffers = [
                 (module, name, buffer, buffer.clone())
                 for module, _, _ in self._modules
@@ -71,6 +72,11 @@ class Before:
                 parameter.copy_(value)
             for _, parameter, wanted, _ in self._parameters:
                 parameter.requires_grad_(wanted)
+            for module, forward in self._forwards:
+                if forward is None:
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = forward
             for module, training, hooks in self._modules:
                 module.training = training
                 for kind, kept in zip(_HOOKS, hooks, strict=True):

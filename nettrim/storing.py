@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nettrim.budgets import Budget, misfit
-from nettrim.certificate import make_promise, output_norm, rounding, stored_discrepancy
+from nettrim.certificate import Promise, make_promise, output_norm, rounding, stored_discrepancy
 from nettrim.errors import ArgumentError
 from nettrim.layers import Matrix
 from nettrim.observing import Layer
@@ -36,12 +36,15 @@ class Stored:
         What it may be.
     failure : str or None
         Why the layer is as it was.
+    sizes : Promise or None
+        Of the stored weights, where they were measured on the way.
     """
 
     solution: Solution
     discrepancy: float
     promise: float
     failure: str | None
+    sizes: Promise | None = None
 
 
 def store(matrix: Matrix, layer: Layer, budget: Budget, solution: Solution, solver: str, tol: float, max_iter: int | None) -> Stored:
@@ -122,7 +125,7 @@ def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solutio
             blocks = stored.split(len(stored) // len(budget.programs))
             objective = sum(program.objective(block) for program, block in zip(budget.programs, blocks, strict=True))
         rounded = dataclasses.replace(solution, objective=objective, gap=relative_gap(objective, solution.lower_bound))
-        return Stored(rounded, discrepancy, epsilon, None)
+        return Stored(rounded, discrepancy, epsilon, None, promise)
     matrix.write_back(before)
     reason = f"the stored layer's discrepancy is {discrepancy:.9g}; expected at most {epsilon:.9g}: is the layer what it computes?"
     return Stored(_unstored(solution), math.inf, epsilon, reason)

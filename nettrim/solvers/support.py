@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nettrim.grams import Gram
 from nettrim.patterns import Supports
 
 _FIRST_WEIGHT = 0.02  # ρ over the diagonal of G
@@ -38,16 +39,21 @@ _SETTLED = {torch.float32: 3e-4, torch.float64: 1e-10}  # of the gradient, relat
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
-    """``G`` (N, N) and ``S`` (M, M; None for the identity), float64 with unit diagonals; searches are in ``dtype``."""
+    """``G`` (N, N) and ``S`` (M, M; None for the identity), float64 with unit diagonals; searches are in ``dtype``, factorisations ``shared``."""
 
     G: Tensor
     S: Tensor | None
     dtype: torch.dtype
+    shared: Gram | None = None
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (N,) and eigenvectors (N, N) of ``G``."""
-        return _eigen(self.G, self.dtype)
+        if self.shared is None:
+            return _eigen(self.G, self.dtype)
+        if self.dtype not in self.shared.eigen:
+            self.shared.eigen[self.dtype] = _eigen(self.G, self.dtype)
+        return self.shared.eigen[self.dtype]
 
     @cached_property
     def outputs(self) -> tuple[Tensor, Tensor, float] | None:
@@ -68,7 +74,7 @@ class Quadratic:
         return float((self.weigh(W) * (0.5 * (W @ self.G) - C)).sum())
 
 
-def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[Quadratic, Tensor, Tensor]:
+def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype, shared: Gram | None = None) -> tuple[Quadratic, Tensor, Tensor]:
     """``G`` (N, N) and the metric ``S``, (M, M) or its diagonal (M,), in rows and columns of unit norm; with the norms, (N,) and (M, 1).
 
     Weights ``W`` become ``row · W · column``, and ``C`` becomes ``row · C / column``.
@@ -78,7 +84,7 @@ def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype) -> tuple[Qu
     if metric is not None:
         row = (metric if metric.ndim == 1 else metric.diagonal()).to(G).sqrt().unsqueeze(1)
         S = None if metric.ndim == 1 else metric.to(G) / row / row.T
-    return Quadratic(G / column / column[:, None], S, dtype), column, row
+    return Quadratic(G / column / column[:, None], S, dtype, shared), column, row
 
 
 def _eigen(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

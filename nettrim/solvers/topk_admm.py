@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nettrim.grams import Moments
 from nettrim.patterns import Supports
 from nettrim.programs import LayerProgram
+from nettrim.residual import Measures
 from nettrim.solvers.base import History, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
 from nettrim.solvers.support import Fit, Quadratic, normalised, refit, search
@@ -53,6 +55,7 @@ class _Problem:
     column: Tensor  # (N,), √G_jj
     row: Tensor  # (M, 1), √S_mm; (1, 1) without a metric
     C: Tensor  # (M, N), of the present T
+    moments: Moments | None  # as it was posed, in float64
     iterations: int = 0
     history: History = field(default_factory=History)
 
@@ -61,6 +64,18 @@ class _Problem:
 
     def true(self, W: Tensor) -> Tensor:
         return W / self.column / self.row
+
+    def measures(self, W: Tensor) -> Measures | None:
+        """What the weights ``W`` (true, as they are returned) leave, from the moments; None where only the rows say it."""
+        program = self.program
+        if self.moments is None or (program.metric is not None and program.metric.ndim == 2):
+            return None
+        left = self.moments.left(W)
+        if left is None:
+            return None
+        out = float(left.sum())
+        weighed = out if program.metric is None else float((left * program.metric.double()).sum())
+        return Measures(weighed, 0.0, math.sqrt(out))
 
     def note(self, fit: Fit, supports: Supports) -> None:
         """Write down a fit that keeps the budget: its number of weights, below which nothing is proven."""
@@ -86,7 +101,9 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     else:
         W = _fewest(problem, supports, start, max_iter)
     spent = (problem.iterations, time.perf_counter() - began)
-    return judge(program, W, 0.0, tol=tol, iterations=spent[0], seconds=spent[1], solver=NAME, history=problem.history)
+    W = W.to(program.dtype)
+    measures, history = problem.measures(W), problem.history
+    return judge(program, W, 0.0, tol=tol, iterations=spent[0], seconds=spent[1], solver=NAME, measures=measures, history=history)
 
 
 def _everything(program: LayerProgram, supports: Supports) -> Tensor:
@@ -96,9 +113,13 @@ def _everything(program: LayerProgram, supports: Supports) -> Tensor:
 
 def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
     M, N = program.shape
+    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+    known = None if program.relu else program.moments
+    if known is not None:
+        quadratic, column, row = normalised(known.G, program.metric, dtype, known.gram)
+        return _Problem(program, quadratic, column, row, known.C / column * row, known)
     G = torch.zeros((N, N), dtype=torch.float64, device=program.device)
     C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
-    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
     # products of a chunk are as precise as the search; the sum over the chunks is in float64
     for _, A, Y, V in program.row_chunks(program.dtype if dtype == torch.float32 else torch.float64):
         G += A.T @ A
@@ -108,7 +129,7 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
             T = Z - program.residual(Z, Y, V)
         C += T.T @ A
     quadratic, column, row = normalised(G, program.metric, dtype)
-    return _Problem(program, quadratic, column, row, C / column * row)
+    return _Problem(program, quadratic, column, row, C / column * row, None)
 
 
 def _correlations(program: LayerProgram, W: Tensor) -> Tensor:

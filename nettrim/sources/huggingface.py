@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,13 @@ class HuggingFace(Source):
     """A folder that ``from_pretrained`` reads; no code that it might hold is run."""
 
     def __init__(self, place: Path) -> None:
-        transformers = _transformers()
         self.place = place.resolve()
-        config = _json(self.place / "config.json")
-        architectures = config.get("architectures")
-        if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
-            raise ArgumentError(f"{place / 'config.json'} names no architectures; expected what model.save_pretrained writes")
-        kind: Any = getattr(transformers, architectures[0], None)
-        if not hasattr(kind, "from_pretrained") or not issubclass(kind, transformers.PreTrainedModel):
-            raise ArgumentError(
-                f"{place / 'config.json'}: transformers {transformers.__version__} has no model {architectures[0]!r}; code in the folder is not run: "
-                "give package.module:factory for a model of your own"
-            )
+        kind = _kind(self.place)
         try:
             self.model = kind.from_pretrained(self.place, local_files_only=True, dtype="auto").eval()
         except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and more for a folder that it cannot read
             raise ArgumentError(f"{place} cannot be read by transformers ({type(error).__name__}: {error})") from error
-        self.forward_fn = _forward
+        self.forward_fn = forward
         self.files = sorted(path for path in self.place.iterdir() if path.is_file() and path.name.endswith((".json", *_WEIGHTS)))
 
     def from_arrays(self, arrays: dict[str, Tensor]) -> Any:
@@ -106,9 +96,39 @@ class HuggingFace(Source):
         return HuggingFace(place).model
 
 
-def _forward(model: nn.Module, batch: Any) -> Any:
+def _kind(place: Path) -> Any:
+    """The class of transformers that a folder's ``config.json`` names."""
+    transformers = _transformers()
+    config = _json(place / "config.json")
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+        raise ArgumentError(f"{place / 'config.json'} names no architectures; expected what model.save_pretrained writes")
+    kind: Any = getattr(transformers, architectures[0], None)
+    if not hasattr(kind, "from_pretrained") or not issubclass(kind, transformers.PreTrainedModel):
+        raise ArgumentError(
+            f"{place / 'config.json'}: transformers {transformers.__version__} has no model {architectures[0]!r}; code in the folder is not run: "
+            "give package.module:factory for a model of your own"
+        )
+    return kind
+
+
+def unmade(place: Path) -> Callable[[], nn.Module]:
+    """A function that makes the folder's network, without its weights.
+
+    Raises
+    ------
+    ArgumentError
+        The folder names none that transformers has.
+    """
+    kind = _kind(place)
+    config = kind.config_class.from_pretrained(place, local_files_only=True)
+    return lambda: kind(config)
+
+
+def forward(model: Any, batch: Any) -> Any:
     """All that the network returns (logits, hidden states, what a pooler makes of them); nothing is cached from one call to the next."""
-    placed = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+    named: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {model.main_input_name: batch}
+    placed = {name: value.to(model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in named.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         placed["use_cache"] = False
     return model(**placed, return_dict=True)

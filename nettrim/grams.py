@@ -1,0 +1,83 @@
+"""What a program without a ReLU needs of its rows: ``G = AᵀA``, ``C = YᵀA`` and ``‖y_m‖²``; and ``G`` made once for layers with the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
+
+
+@dataclass(eq=False)
+class Gram:
+    """``G = AᵀA`` of some rows, once it is made, and eigenvectors of it as it is scaled.
+
+    Attributes
+    ----------
+    G : Tensor or None, (N, N) float64
+    eigen : dict of dtype to (Tensor, Tensor)
+        Eigenvalues (N,) and eigenvectors (N, N) of ``G`` in columns of unit norm.
+    """
+
+    G: Tensor | None = None
+    eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over the rows of one layer, float64.
+
+    Attributes
+    ----------
+    gram : Gram
+        Perhaps of other layers too.
+    C : Tensor, (M, N)
+        ``YᵀA``.
+    squares : Tensor, (M,)
+        ``‖y_m‖²`` of each output.
+    """
+
+    gram: Gram
+    C: Tensor
+    squares: Tensor
+
+    @property
+    def G(self) -> Tensor:
+        """``AᵀA``, (N, N)."""
+        assert self.gram.G is not None
+        return self.gram.G
+
+    def left(self, W: Tensor) -> Tensor | None:
+        """``‖A w_m − y_m‖²`` of each row of the weights (M, N), (M,); None where too few digits of it would be right."""
+        W = W.to(self.C)
+        found = self.squares - ((2 * self.C - W @ self.G) * W).sum(1)
+        return found if float(found.sum()) > _CANCELLED * float(self.squares.sum()) else None
+
+    def leaning(self, repair: float, dense: Tensor) -> Moments:
+        """Those of ``repair · y + (1 − repair) · A wᵀ`` for the weights ``dense`` (M, N)."""
+        W = dense.to(self.C)
+        V = W @ self.G
+        own = (V * W).sum(1)
+        squares = repair**2 * self.squares + 2 * repair * (1 - repair) * (self.C * W).sum(1) + (1 - repair) ** 2 * own
+        return Moments(self.gram, repair * self.C + (1 - repair) * V, squares)
+
+
+def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet."""
+    known = gram.G is not None
+    C = squares = None
+    for part, targets in rows:
+        A, Y = part.double(), targets.double()
+        if C is None or squares is None:
+            C, squares = Y.new_zeros(Y.shape[1], A.shape[1]), Y.new_zeros(Y.shape[1])
+        if not known:
+            gram.G = A.new_zeros(A.shape[1], A.shape[1]) if gram.G is None else gram.G
+            gram.G.addmm_(A.T, A)
+        C.addmm_(Y.T, A)
+        squares += Y.square().sum(0)
+    assert C is not None
+    assert squares is not None
+    return Moments(gram, C, squares)

@@ -1,0 +1,143 @@
+"""Stages: some layers, and the parts of both networks that they are observed in.
+
+A stage is the whole network, for any of its layers, or one block, for those in it. What each part is given, batch by batch, may differ: a block of
+the pruned network is given the hidden states of the network pruned so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nettrim import capture
+from nettrim.accumulation import accumulated
+from nettrim.calibration import Run
+from nettrim.capture import Seen
+from nettrim.grams import Gram
+from nettrim.observing import HELD_ELEMENTS, Layer, observe, observed
+from nettrim.tracing import TracedLayer
+
+
+class Part(NamedTuple):
+    """What some samples are, batch by batch, for the dense part of a stage and for the pruned one."""
+
+    dense: list[Any]
+    pruned: list[Any]
+
+
+@dataclass(eq=False)
+class Stage:
+    """Some layers and where they are observed.
+
+    Attributes
+    ----------
+    layers : list of TracedLayer
+        As they are in ``dense``, under the names that they have in the network.
+    dense, pruned : nn.Module
+    run : callable(module, batch)
+        How a batch is put through either.
+    solve, held : Part
+        The samples solved on and those kept out.
+    device : optional
+        Where the rows are; the layers' own by default.
+    """
+
+    layers: list[TracedLayer]
+    dense: nn.Module
+    pruned: nn.Module
+    run: Run
+    solve: Part
+    held: Part
+    device: torch.device | str | None
+
+    def observe(self, layer: TracedLayer, *, cascade: bool, max_rows: int | None, seed: int, hold: bool, unfold: bool) -> Layer:
+        """What the layer's program needs; see :func:`nettrim.observing.observe`."""
+        there = self.pruned if cascade else None
+        return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=max_rows, seed=seed, hold=hold,
+                       unfold=unfold, pruned_batches=self.solve.pruned)  # fmt: skip
+
+    def kept_out(self, layer: TracedLayer, *, cascade: bool) -> Layer:
+        """The same of the samples kept out."""
+        there = self.pruned if cascade else None
+        return observe(layer, self.dense, there, self.held.dense, self.run, device=self.device, pruned_batches=self.held.pruned)
+
+
+    def accumulated(self, wanted: list[TracedLayer]) -> dict[str, float | None]:
+        """How far layers' outputs are off behind all that was pruned before them; see :func:`nettrim.accumulation.accumulated`."""
+        return accumulated(self.dense, self.pruned, wanted, self.solve.dense, self.run, self.solve.pruned)
+
+
+@dataclass(eq=False)
+class Block(Stage):
+    """The layers of one block: those that are given the same input are observed in one pass, and share its Gram matrix.
+
+    ``ends`` is what the dense block returned, batch by batch, once its layers were observed.
+    """
+
+    ends: list[Any] = field(default_factory=list)
+    _dense: dict[str, list[Seen]] = field(default_factory=dict)
+    _groups: dict[str, str] | None = None
+    _inputs: tuple[str, list[Tensor]] | None = None
+    _gram: tuple[tuple[str, bool], Gram] | None = None
+
+    def observe(self, layer: TracedLayer, *, cascade: bool, max_rows: int | None, seed: int, hold: bool, unfold: bool) -> Layer:
+        if any(other.matrix.kind.repeats or not other.matrix.kind.observed for other in self.layers):
+            return super().observe(layer, cascade=cascade, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold)
+        if self._groups is None:
+            self._look()
+        assert self._groups is not None
+        group = self._groups[layer.name]
+        if self._inputs is not None and self._inputs[0] != group:
+            self._inputs = None
+        if self._gram is None or self._gram[0] != (group, layer.matrix.has_bias):
+            self._gram = (group, layer.matrix.has_bias), Gram()
+        try:
+            return observed(
+                layer,
+                partial(self._given, layer),
+                partial(self._disturbed, layer, group) if cascade else None,
+                device=self.device,
+                max_rows=max_rows,
+                seed=seed,
+                hold=hold,
+                unfold=unfold,
+                gram=self._gram[1],
+            )
+        finally:
+            self._dense.pop(layer.name, None)
+
+    def _look(self) -> None:
+        """Run the dense block once: what its layers are given and give, where that can be held, and which are given the same."""
+        held = sum(layer.rows * sum(layer.matrix.shape) for layer in self.layers) <= HELD_ELEMENTS
+        matrices = {layer.name: layer.matrix for layer in self.layers}
+        groups: dict[str, str] | None = None
+        self.ends = []
+        for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device):
+            self.ends.append(output)
+            firsts: dict[int, str] = {}
+            here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
+            # alike in every batch, or by itself
+            groups = here if groups is None else {name: group if here[name] == group else name for name, group in groups.items()}
+            if held:
+                for name, seen in found.items():
+                    self._dense.setdefault(name, []).append(seen)
+        self._groups = groups
+
+    def _given(self, layer: TracedLayer) -> Iterator[tuple[Tensor, Tensor]]:
+        if layer.name in self._dense:
+            return ((seen.kept, seen.Z) for seen in self._dense[layer.name])
+        return capture.kept(self.dense, self.solve.dense, self.run, layer.matrix, device=self.device)
+
+    def _disturbed(self, layer: TracedLayer, group: str) -> Iterator[Tensor]:
+        """What the layers of the group are given in the pruned block: it does not depend on their own weights."""
+        if self._inputs is None:
+            found = capture.kept(self.pruned, self.solve.pruned, self.run, layer.of(self.pruned), device=self.device)
+            if layer.name not in self._dense:  # too much to hold
+                return (kept for kept, _ in found)
+            self._inputs = group, [kept for kept, _ in found]
+        return iter(self._inputs[1])
