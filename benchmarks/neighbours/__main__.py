@@ -60,7 +60,7 @@ class Protocol:
 
 
 FULL = Protocol()
-QUICK = Protocol(epochs=4, samples=10_000, seeds=1, calibration=500, halvings=3, programs=6)
+QUICK = Protocol(epochs=4, samples=8_000, seeds=1, calibration=300, halvings=2, programs=6)
 DIGITS = Protocol(data="digits", epochs=12, batch=20, seeds=1, calibration=300, halvings=3, programs=2)
 
 
@@ -100,7 +100,7 @@ def run_methods(protocol: Protocol, results: Results, console: Console) -> list[
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="10,000 training images, 4 epochs, one seed, 10 programs: at most three minutes.")
+@click.option("--quick", is_flag=True, help="8,000 training images, 4 epochs, one seed, 6 programs: at most three minutes.")
 @click.option("--data", "data_name", type=click.Choice(list(LOADERS)), default="mnist", show_default=True, help="digits: tiny.")
 @click.option("--only", type=Choices(*SECTIONS), help=f"Sections, of {','.join(SECTIONS)}.")
 @click.option("--methods", type=Choices(*METHODS), help="By name, as in the tables.")
