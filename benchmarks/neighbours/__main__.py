@@ -61,7 +61,7 @@ class Protocol:
 
 FULL = Protocol()
 QUICK = Protocol(epochs=4, samples=8_000, seeds=1, calibration=300, halvings=2, programs=6)
-DIGITS = Protocol(data="digits", epochs=12, batch=20, seeds=1, calibration=300, halvings=3, programs=2)
+DIGITS = Protocol(data="digits", epochs=12, batch=20, seeds=1, calibration=200, halvings=2, programs=2)
 
 
 def run_methods(protocol: Protocol, results: Results, console: Console) -> list[Run]:
