@@ -50,7 +50,7 @@ def find(model: nn.Module, given: object, batches: list[Any], run: Run) -> Chain
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(found.weight.numel() for found in layers.matrices(module).values())
+    return sum(found.weight.numel() for found in layers.matrices(module).values() if layers.parameter_reason(found.module) is None)
 
 
 def _by_structure(model: nn.Module) -> tuple[list[str], str]:

@@ -50,6 +50,10 @@ class Moments:
         assert self.gram.G is not None
         return self.gram.G
 
+    def of(self, outputs: slice) -> Moments:
+        """Those of some of the outputs."""
+        return Moments(self.gram, self.C[outputs], self.squares[outputs])
+
     def left(self, W: Tensor) -> Tensor | None:
         """``‖A w_m − y_m‖²`` of each row of the weights (M, N), (M,); None where too few digits of it would be right."""
         W = W.to(self.C)

@@ -94,6 +94,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, path: Path |
 @click.option("--on-failure", type=click.Choice(["raise", "keep_dense"]), default="raise", show_default=True, help="What an unsolved layer does.")
 @click.option("--neurons", type=_COUNT, help="Solve layers with more outputs in blocks of so many.")
 @click.option("--recalibrate-batchnorm", is_flag=True, help="Estimate the statistics of the pruned network's BatchNorms again.")
+@click.option("--blocks", default="auto", show_default=True, help="Run the network block by block: auto, the module that holds the blocks, or none.")
 @click.option("--checkpoint-dir", type=click.Path(path_type=Path), help="Folder that remembers solved layers: run again after a crash, it goes on.")
 @click.option("--key", help="Of several arrays in the calibration file, the inputs.")
 @click.option("--samples", type=_COUNT, help="Use the first so many samples.")
@@ -121,6 +122,7 @@ def prune(context: click.Context, **given: Any) -> None:
     _goal_of_the_command_line(context, given)
     settings = {name: value for name, value in given.items() if name not in (*_INPUTS, *_RUNNING, *_NOT_IN_RECIPE)}
     settings["targets"] = settings["targets"] or None
+    settings["blocks"] = None if settings["blocks"] == "none" else settings["blocks"]
     _check(given, settings)
     place = folder.check_place(given["out"], force=given["force"])
     if given["threads"] is not None:

@@ -183,6 +183,7 @@ def _part(program: LayerProgram, block: slice, level: float | None) -> LayerProg
         nonzeros = supports.pattern.kept((block.stop - block.start, int(supports.counted.sum())), 0.0)
     return dataclasses.replace(
         program,
+        moments=None if program.moments is None else program.moments.of(block),
         targets=targets[:, block] if isinstance(targets, Tensor) else _columns(targets, block),
         upper=None if program.upper is None else program.upper[:, block],
         floor=None if program.floor is None else program.floor[block],

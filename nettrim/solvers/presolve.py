@@ -64,7 +64,7 @@ def presolve(program: LayerProgram, *, inputs_too: bool = True) -> Presolved:
     if rows is not None and omega.ndim == 2:
         omega = omega[rows]
     floor, ceiling = (given if rows is None or given is None else given[rows] for given in (program.floor, program.ceiling))
-    smaller = dataclasses.replace(program, inputs=inputs, targets=targets, floor=floor, ceiling=ceiling, l1_weights=omega)
+    smaller = dataclasses.replace(program, inputs=inputs, targets=targets, floor=floor, ceiling=ceiling, l1_weights=omega, moments=None)
     return Presolved(smaller, rows, columns, (M, N))
 
 
