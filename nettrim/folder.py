@@ -79,6 +79,11 @@ def write_records(result: PruneResult, place: Path) -> None:
     result.report.to_html(place / PAGE, masks=result.masks)
 
 
+def write_page(place: Path, facts: Mapping[str, str]) -> None:
+    """The report's page anew, from the report and the masks of the folder, with more figures at its top."""
+    Report.from_json(place / REPORT).to_html(place / PAGE, masks=load_arrays(place / MASKS), facts=facts)
+
+
 def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
     """Read what :func:`save` wrote, the weights into ``model``.
 

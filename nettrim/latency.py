@@ -94,6 +94,15 @@ class BenchReport:
         table.add_row("compressed file", "", *("" for _ in batches), f"{self.bytes['compressed file']:,}")
         return table
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """For the top of a report's page: the fastest form of the smallest batch, by threads; and the compressed file."""
+        batch, found = min(one.batch for one in self.timings), {}
+        for threads in dict.fromkeys(one.threads for one in self.timings):
+            best = max((one for one in self.timings if (one.batch, one.threads) == (batch, threads)), key=lambda one: one.speedup)
+            found[f"Speed, batch {batch}, threads {threads}"] = f"{best.speedup:.2f} times dense ({best.form}), measured here"
+        return {**found, "Compressed file": f"{self.bytes['compressed file']:,} bytes; dense {self.bytes['dense']:,}"}
+
     def __str__(self) -> str:
         from rich.console import Console
 

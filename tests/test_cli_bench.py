@@ -20,6 +20,8 @@ def test_a_row_for_each_form(tmp_path):
     found = json.loads(result.stdout)
     assert {(one["form"], one["batch"]) for one in found["timings"]} >= {("dense", 1), ("dense", 2), ("sparse", 1), ("sparse", 2)}
     assert found["bytes"]["dense"] == 4 * (8 * 12 + 12 + 12 * 4 + 4)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Speed, batch 1, threads 1" in page and "times dense" in page and "Compressed file" in page
     printed = nettrim("bench", tmp_path / "out", "--batch", 1, "--threads", 1).stdout
     assert "dense" in printed and "compressed file" in printed and "batch 1: ms" in printed
 

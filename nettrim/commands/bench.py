@@ -11,6 +11,7 @@ import nettrim
 from nettrim import calibration as calibrations
 from nettrim.commands.common import one_line_errors
 from nettrim.commands.inputs import check_folder, dense_inputs
+from nettrim.folder import write_page
 
 _COUNT = click.IntRange(min=1)
 _THERE = click.Path(exists=True, path_type=Path)
@@ -36,6 +37,8 @@ def bench(
 ) -> None:
     """Measure a pruned network beside the dense one on this machine: time and bytes of each form it can be in.
 
+    The folder's report.html shows the fastest form from then on.
+
     Exits with 0 when it was measured, with 1 when it could not be.
     """
     check_folder(folder)
@@ -49,4 +52,5 @@ def bench(
         threads=threads or None,
         forward_fn=source.forward_fn,
     )
+    write_page(folder, found.facts)
     click.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False) if as_json else str(found))
