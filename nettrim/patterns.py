@@ -91,7 +91,9 @@ class Pattern:
             mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n, dim=2).indices, True)
             return mask.view(M, N)
         R, C = self.block_of(N)
-        sums = scores if (R, C) == (1, 1) else scores.view(M // R, R, N // C, C).sum((1, 3))
+        if (R, C) == (1, 1):
+            return largest(scores.flatten(), kept).view(M, N)
+        sums = scores.view(M // R, R, N // C, C).sum((1, 3))
         chosen = largest(sums.flatten(), kept // (R * C))
         return chosen.view(sums.shape).repeat_interleave(R, 0).repeat_interleave(C, 1)
 
@@ -156,8 +158,11 @@ class Supports:
         """The support (M, N) with the largest sum of the ``scores``, all at least 0."""
         if self.allowed is not None:
             scores = torch.where(self.allowed, scores, -1.0)
-        mask = torch.ones_like(scores, dtype=torch.bool)
-        mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)
+        if bool(self.counted.all()):
+            mask = self.pattern.mask(scores, self.kept)
+        else:
+            mask = torch.ones_like(scores, dtype=torch.bool)
+            mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)
         return mask if self.allowed is None else mask & self.allowed
 
     def count(self, W: Tensor) -> int:

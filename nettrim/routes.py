@@ -6,7 +6,6 @@ deep it is. What lies before the first block and behind the last is observed in 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
 from nettrim.capture import evaluation
+from nettrim.layers import copy_of
 from nettrim.stages import Block, Part, Stage
 from nettrim.tracing import Trace, TracedLayer
 
@@ -126,7 +126,7 @@ class Blocks:
         """The block on the device that it is run on."""
         if self._device is None or all(p.device == torch.zeros(0, device=self._device).device for p in block.parameters()):
             return block
-        return copy.deepcopy(block).to(self._device)
+        return copy_of(block).to(self._device)
 
     @staticmethod
     def _rooted(layer: TracedLayer, name: str, block: nn.Module) -> TracedLayer:

@@ -66,7 +66,6 @@ class Stage:
         there = self.pruned if cascade else None
         return observe(layer, self.dense, there, self.held.dense, self.run, device=self.device, pruned_batches=self.held.pruned)
 
-
     def accumulated(self, wanted: list[TracedLayer]) -> dict[str, float | None]:
         """How far layers' outputs are off behind all that was pruned before them; see :func:`nettrim.accumulation.accumulated`."""
         return accumulated(self.dense, self.pruned, wanted, self.solve.dense, self.run, self.solve.pruned)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import nettrim
 from nettrim import ArgumentError, LayerProgram, UnsupportedProgramError
 from nettrim.patterns import UNSTRUCTURED, Supports
+from nettrim.solvers import support
 from nettrim.solvers.support import Quadratic, normalised, refit, search
 
 
@@ -172,6 +173,25 @@ def test_a_step_of_the_search_solves_its_linear_system(monkeypatch):
     S = common * torch.eye(3, dtype=torch.float64) + U @ ((sigma - common).unsqueeze(1) * U.T)
     assert torch.trace(S).item() == pytest.approx(torch.trace(problem.S).item()) and 0 < len(sigma) < 3
     torch.testing.assert_close(S @ W @ problem.G + 0.02 * W, S @ C + 0.02 * start)
+
+
+def test_half_precision_until_the_support_stands_still_costs_nothing(monkeypatch):
+    A, Y, _ = layer(P=600, N=40, M=20, seed=3)
+    problem, column, row = normalised(A.T @ A, inner_product(20), torch.float32)
+    C = row * (Y.T @ A) / column
+    supports = Supports(UNSTRUCTURED, 160, torch.ones(40, dtype=torch.bool), None)
+    found, used = {}, {}
+    times = support._Bases.times
+    for rough in (None, torch.bfloat16):
+        products = []
+        monkeypatch.setattr(support, "_rough_dtype", lambda Q, rough=rough: rough)
+        monkeypatch.setattr(support._Bases, "times", lambda bases, X, Y, products=products: products.append(bases.Q.dtype) or times(bases, X, Y))
+        mask, W = search(problem, C, supports, torch.zeros_like(C))
+        found[rough], used[rough] = refit(problem, C, mask, W), products
+    everything = refit(problem, C, torch.ones_like(found[None].mask)).value
+    assert set(used[None]) == {torch.float32}
+    assert used[torch.bfloat16][0] == torch.bfloat16 and used[torch.bfloat16][-1] == torch.float32  # what stands, stands in float32
+    assert found[torch.bfloat16].value - everything <= 1.03 * (found[None].value - everything)
 
 
 def test_only_the_support_given_is_kept():

@@ -109,6 +109,31 @@ class Fit:
     cost: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Bases:
+    """Eigenvectors and their transposes, and products with them in their dtype."""
+
+    Q: Tensor
+    QT: Tensor
+    U: Tensor | None
+    UT: Tensor | None
+
+    @classmethod
+    def of(cls, Q: Tensor, U: Tensor | None, dtype: torch.dtype) -> _Bases:
+        return cls(Q.to(dtype), Q.T.contiguous().to(dtype), None if U is None else U.to(dtype), None if U is None else U.T.contiguous().to(dtype))
+
+    def times(self, X: Tensor, Y: Tensor) -> Tensor:
+        wide = torch.promote_types(X.dtype, Y.dtype)
+        return (X.to(self.Q.dtype) @ Y.to(self.Q.dtype)).to(wide)
+
+
+def _rough_dtype(Q: Tensor) -> torch.dtype | None:
+    """What a search in float32 multiplies in until its support first stands still: bfloat16, where the processor has instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    rough = Q.dtype == torch.float32 and Q.device.type == "cpu" and supported is not None and supported()
+    return torch.bfloat16 if rough else None
+
+
 def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> tuple[Tensor, Tensor]:
     """Step 1 from the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle, and the weights they have there.
 
@@ -118,11 +143,14 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
 
     With one, σ is the mean of its small eigenvalues, and each of the large ones has a division of its own along its eigenvector
     (:attr:`Quadratic.outputs`; their number decides the cost). The refit knows all of ``S``.
+
+    Until the support first stands still, products may be in half precision: what they leave out is made up for by those that follow, and on layers
+    of SmolLM2 the misfits found are the same to 0.1 % (docs/sparsity.md).
     """
     lam, Q = problem.inputs
-    back = Q.T.contiguous()
     sigma, U, common = problem.outputs or (None, None, 1.0)
-    UT = None if U is None else U.T.contiguous()
+    exact = _Bases.of(Q, U, problem.dtype)
+    bases = exact if (rough := _rough_dtype(Q)) is None else _Bases.of(Q, U, rough)
     CQ = C.to(problem.dtype) @ Q
     B = start.to(problem.dtype)
     mask = supports.nearest(B.square())
@@ -132,12 +160,12 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
     rho, still = _FIRST_WEIGHT, 0
     for _ in range(_ITERATIONS):
         before = mask
-        gradient = CQ - lam * ((B - E) @ Q)
+        gradient = CQ - lam * bases.times(B - E, bases.Q)
         step = gradient * (common / (common * lam + rho))
-        if sigma is not None and U is not None and UT is not None:
+        if sigma is not None and bases.U is not None and bases.UT is not None:
             large = sigma.unsqueeze(1)
-            step += U @ ((UT @ gradient) * (large / (large * lam + rho) - common / (common * lam + rho)))
-        step = step @ back
+            step += bases.times(bases.U, bases.times(bases.UT, gradient) * (large / (large * lam + rho) - common / (common * lam + rho)))
+        step = bases.times(step, bases.QT)
         # over-relaxed, the point of the second step is aW + (1 − a)B + E = B + a(W − B) + E, and W − B = step − E
         T = B + relaxation * step + (1 - relaxation) * E
         mask = supports.nearest(T.square())
@@ -147,6 +175,8 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
         still = still + 1 if changed == 0 else 0
         if still >= _STILL:
             break
+        if changed == 0:
+            bases = exact
         growth = next(factor for share, factor in _GROWTH if changed >= share)
         rho *= growth
         E /= growth
