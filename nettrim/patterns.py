@@ -27,6 +27,18 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return chosen
 
 
+def _ranks(groups: Tensor) -> Tensor:
+    """How many scores of its group (.., m) each is behind; of equal ones the first leads. For small m several times as fast as a selection."""
+    scores = groups.movedim(-1, 0).contiguous()
+    ranks = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
+    for later in range(1, len(scores)):
+        for earlier in range(later):
+            leads = scores[earlier] >= scores[later]
+            ranks[later] += leads
+            ranks[earlier] += ~leads
+    return ranks.movedim(0, -1)
+
+
 @dataclass(frozen=True)
 class Pattern:
     """A set of allowed supports of an (M, N) weight matrix.
@@ -87,9 +99,7 @@ class Pattern:
         M, N = scores.shape
         if self.kept_of is not None:
             n, m = self.kept_of
-            groups = scores.view(M, N // m, m)
-            mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n, dim=2).indices, True)
-            return mask.view(M, N)
+            return (_ranks(scores.view(M, N // m, m)) < n).reshape(M, N)
         R, C = self.block_of(N)
         if (R, C) == (1, 1):
             return largest(scores.flatten(), kept).view(M, N)

@@ -325,13 +325,17 @@ class LayerProgram:
         return (slice(start, start + step) for start in range(0, M, step))
 
     def measure(self, W: Tensor) -> Measures:
-        """One pass over the rows: misfit, one-sided excess and output discrepancy of W, (M, N)."""
-        W = W.to(self.device)
+        """One pass over the rows: misfit, one-sided excess and output discrepancy of W, (M, N).
+
+        In float64; with ``nonzeros``, where no bound and no budget hangs on the last digits, residuals are in the precision of the data.
+        """
+        dtype = torch.float64 if self.nonzeros is None else self.dtype
+        W = W.to(self.device, dtype)
         on = off = out = 0.0
         zero = not bool(W.any())
-        for _, A, Y, V in self.row_chunks() if not zero else ((rows, None, Y, V) for rows, Y, V in self.target_chunks(torch.float64)):
-            Z = torch.zeros_like(Y) if A is None else torch.cat([A @ W[block].T.double() for block in self.neuron_blocks()], 1)
-            D = self.residual(Z, Y, V)
+        for _, A, Y, V in self.row_chunks(dtype) if not zero else ((rows, None, Y, V) for rows, Y, V in self.target_chunks(dtype)):
+            Z = torch.zeros_like(Y) if A is None else torch.cat([A @ W[block].T for block in self.neuron_blocks()], 1)
+            D = self.residual(Z, Y, V).double()
             if not self.relu:
                 total = float(D.square().sum())
                 on, out = on + (total if self.metric is None else float((self.weigh(D) * D).sum())), out + total

@@ -32,7 +32,7 @@ _SPARSE = 0.2  # share of the weights up to which
 _STILL = 5  # iterations without a change after which the support stands
 _BATCH_ELEMENTS = 20_000_000
 _CG_STEPS = 100
-_CHOLESKY_WORK = 1e9  # flops of exact refits from which conjugate gradients do
+_CHOLESKY_WORK = 1e8  # flops of exact refits from which conjugate gradients do
 _SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
 _SETTLED = {torch.float32: 3e-4, torch.float64: 1e-10}  # of the gradient, relative to that of no weights
 
