@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim.errors import NetTrimError
+from nettrim.grams import rough_dtype
 from nettrim.layers import Matrix
 from nettrim.observing import Layer
 from nettrim.report import Certificate, LayerReport
@@ -58,11 +59,12 @@ def output_norm(layer: Layer) -> float:
 def make_promise(matrix: Matrix, layer: Layer, epsilon: float, inflation: float | None) -> Promise:
     """The promise ``epsilon`` of a stored layer, on all its rows."""
     larger = torch.maximum(layer.read(matrix).abs(), layer.dense.abs())
+    larger = larger.to(rough_dtype(larger) or larger.dtype)
     output = sums = 0.0
     for A, U in layer.observation.chunks():
         output += float(layer.output(U).double().square().sum())
-        # in the precision of the data: of what rounding can add, a few digits are enough
-        sums += float(layer.apply(larger, A.abs()).double().square().sum())
+        # of what rounding can add, a few digits are enough
+        sums += float(layer.apply(larger, A.to(larger.dtype).abs()).double().square().sum())
     return Promise(epsilon, inflation, layer.rows, math.sqrt(output), layer.lipschitz * math.sqrt(sums))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_STRIPS = 8
 _CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
 
 
@@ -79,9 +80,20 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
             C, squares = Y.new_zeros(Y.shape[1], A.shape[1]), Y.new_zeros(Y.shape[1])
         if not known:
             gram.G = A.new_zeros(A.shape[1], A.shape[1]) if gram.G is None else gram.G
-            gram.G.addmm_(A.T, A)
+            step = -(-A.shape[1] // _STRIPS)
+            for start in range(0, A.shape[1], step):  # of a symmetric matrix one half, strip by strip
+                gram.G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
         C.addmm_(Y.T, A)
         squares += Y.square().sum(0)
     assert C is not None
     assert squares is not None
+    if not known and gram.G is not None:
+        gram.G = gram.G.triu() + gram.G.triu(1).T
     return Moments(gram, C, squares)
+
+
+def rough_dtype(like: Tensor) -> torch.dtype | None:
+    """What products of float32 matrices are taken in where few digits of them are enough: bfloat16, if the processor has instructions for it."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    rough = like.dtype == torch.float32 and like.device.type == "cpu" and supported is not None and supported()
+    return torch.bfloat16 if rough else None

@@ -184,7 +184,7 @@ def test_half_precision_until_the_support_stands_still_costs_nothing(monkeypatch
     times = support._Bases.times
     for rough in (None, torch.bfloat16):
         products = []
-        monkeypatch.setattr(support, "_rough_dtype", lambda Q, rough=rough: rough)
+        monkeypatch.setattr(support, "rough_dtype", lambda Q, rough=rough: rough)
         monkeypatch.setattr(support._Bases, "times", lambda bases, X, Y, products=products: products.append(bases.Q.dtype) or times(bases, X, Y))
         mask, W = search(problem, C, supports, torch.zeros_like(C))
         found[rough], used[rough] = refit(problem, C, mask, W), products

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nettrim.grams import Gram
+from nettrim.grams import Gram, rough_dtype
 from nettrim.patterns import Supports
 
 _FIRST_WEIGHT = 0.02  # ρ over the diagonal of G
@@ -127,13 +127,6 @@ class _Bases:
         return (X.to(self.Q.dtype) @ Y.to(self.Q.dtype)).to(wide)
 
 
-def _rough_dtype(Q: Tensor) -> torch.dtype | None:
-    """What a search in float32 multiplies in until its support first stands still: bfloat16, where the processor has instructions for it."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    rough = Q.dtype == torch.float32 and Q.device.type == "cpu" and supported is not None and supported()
-    return torch.bfloat16 if rough else None
-
-
 def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> tuple[Tensor, Tensor]:
     """Step 1 from the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle, and the weights they have there.
 
@@ -150,7 +143,7 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
     lam, Q = problem.inputs
     sigma, U, common = problem.outputs or (None, None, 1.0)
     exact = _Bases.of(Q, U, problem.dtype)
-    bases = exact if (rough := _rough_dtype(Q)) is None else _Bases.of(Q, U, rough)
+    bases = exact if (rough := rough_dtype(Q)) is None else _Bases.of(Q, U, rough)
     CQ = C.to(problem.dtype) @ Q
     B = start.to(problem.dtype)
     mask = supports.nearest(B.square())
