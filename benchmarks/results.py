@@ -4,12 +4,16 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from rich.console import Console
+
+from nettrim.errors import NetTrimError
 
 SCHEMA = 1  # of the file; raised when what is written today would be misread by an older reader
 _ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +109,28 @@ class Results:
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The run with these settings that did not fail, or None: failed runs are tried again."""
         return next((run for run in self.runs if run["settings"] == settings and "error" not in run), None)
+
+    def measured(self, settings: dict[str, Any], work: Callable[[], dict[str, Any]], console: Console, label: str) -> dict[str, Any]:
+        """The run with these settings: from the file, or done now; one that fails is recorded with its error.
+
+        Parameters
+        ----------
+        settings : dict
+        work : callable
+            Gives what is measured. A `NetTrimError` of it is told and recorded, and the benchmark goes on; others end it.
+        console : Console
+        label : str
+            Of the run, for the terminal.
+        """
+        done = self.find(settings)
+        if done is not None:
+            return done
+        try:
+            with console.status(label):
+                return self.append(settings, work())
+        except NetTrimError as error:
+            console.print(f"[red]failed[/red] {label}: {error}")
+            return self.append(settings, {"error": f"{type(error).__name__}: {error}"})
 
     def append(self, settings: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
         """Add a run, in place of a failed one with the same settings, and write the file at once."""

