@@ -9,7 +9,7 @@ of your own, to the loss; call a projection after the optimiser's step::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def _total(model: nn.Module, each: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of a figure of each layer's weight."""
+    return torch.stack([each(weight) for weight in weights(model).values()]).sum()
+
+
 def l1(model: nn.Module) -> Tensor:
     """``Σ |w|``: the weights that matter least go to 0 first.
 
@@ -53,7 +58,7 @@ def l1(model: nn.Module) -> Tensor:
     -------
     Tensor, shape ()
     """
-    return torch.stack([weight.abs().sum() for weight in weights(model).values()]).sum()
+    return _total(model, lambda weight: weight.abs().sum())
 
 
 def l2(model: nn.Module) -> Tensor:
@@ -67,7 +72,7 @@ def l2(model: nn.Module) -> Tensor:
     -------
     Tensor, shape ()
     """
-    return torch.stack([weight.square().sum() for weight in weights(model).values()]).sum()
+    return _total(model, lambda weight: weight.square().sum())
 
 
 def incoming_groups(model: nn.Module, *, by_size: bool = False) -> Tensor:
@@ -86,11 +91,7 @@ def incoming_groups(model: nn.Module, *, by_size: bool = False) -> Tensor:
     -------
     Tensor, shape ()
     """
-    total = []
-    for weight in weights(model).values():
-        rows = weight.flatten(1)
-        total.append(rows.norm(dim=1).sum() * (rows.shape[1] ** 0.5 if by_size else 1.0))
-    return torch.stack(total).sum()
+    return _total(model, lambda weight: weight.flatten(1).norm(dim=1).sum() * (weight[0].numel() ** 0.5 if by_size else 1.0))
 
 
 def outgoing_groups(model: nn.Module) -> Tensor:
@@ -106,7 +107,7 @@ def outgoing_groups(model: nn.Module) -> Tensor:
     -------
     Tensor, shape ()
     """
-    return torch.stack([weight.transpose(0, 1).flatten(1).norm(dim=1).sum() for weight in weights(model).values()]).sum()
+    return _total(model, lambda weight: weight.transpose(0, 1).flatten(1).norm(dim=1).sum())
 
 
 def hard_threshold(weight: Tensor, penalty: float, coupling: float) -> Tensor:

@@ -25,9 +25,9 @@ def invoke(out: Path, *arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """All methods, two epochs each."""
+    """All methods, four epochs each."""
     out = tmp_path_factory.mktemp("neighbours") / "results.json"
-    return out, invoke(out, "--epochs", "2", "--samples", "300", "--programs", "2")
+    return out, invoke(out, "--epochs", "4", "--samples", "300", "--programs", "2")
 
 
 def test_every_method_is_run_judged_printed_and_drawn(ran: tuple[Path, Result]) -> None:
@@ -56,7 +56,7 @@ def test_a_second_call_repeats_nothing(ran: tuple[Path, Result], monkeypatch: py
 
     monkeypatch.setattr(command, "measure", never)
     monkeypatch.setattr("benchmarks.neighbours.oracle_report.measure", never)
-    assert invoke(out, "--epochs", "2", "--samples", "300", "--programs", "2").exit_code == 0
+    assert invoke(out, "--epochs", "4", "--samples", "300", "--programs", "2").exit_code == 0
     assert out.read_bytes() == before
 
 
@@ -83,7 +83,7 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: p
         raise ConvergenceError("no end in sight")
 
     out = tmp_path / "results.json"
-    arguments = ("--only", "methods", "--methods", "plain", "--epochs", "2", "--samples", "200")
+    arguments = ("--only", "methods", "--methods", "plain", "--epochs", "4", "--samples", "200")
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "plain", replace(METHODS["plain"], run=fail))
         result = invoke(out, *arguments)

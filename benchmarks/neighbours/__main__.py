@@ -14,7 +14,7 @@ from benchmarks.data import LOADERS, load
 from benchmarks.neighbours.contract import Task
 from benchmarks.neighbours.judge import measure
 from benchmarks.neighbours.oracle_report import oracle_runs, oracle_table
-from benchmarks.neighbours.registry import METHODS
+from benchmarks.neighbours.registry import METHODS, constants
 from benchmarks.neighbours.tables import draw, put_into, rich_tables
 from benchmarks.options import Choices, open_console
 from benchmarks.results import Results
@@ -82,6 +82,7 @@ def run_methods(protocol: Protocol, results: Results, console: Console) -> list[
                 "batch": protocol.batch,
                 "calibration": protocol.calibration,
                 "halvings": protocol.halvings,
+                "constants": constants(name),
                 "seed": seed,
             }
             run = results.find(settings)
@@ -104,7 +105,7 @@ def run_methods(protocol: Protocol, results: Results, console: Console) -> list[
 @click.option("--data", "data_name", type=click.Choice(list(LOADERS)), default="mnist", show_default=True, help="digits: tiny.")
 @click.option("--only", type=Choices(*SECTIONS), help=f"Sections, of {','.join(SECTIONS)}.")
 @click.option("--methods", type=Choices(*METHODS), help="By name, as in the tables.")
-@click.option("--epochs", type=click.IntRange(min=2), help="Of a method in all.")
+@click.option("--epochs", type=click.IntRange(min=4), help="Of a method in all.")
 @click.option("--samples", type=click.IntRange(min=100), help="Training images.")
 @click.option("--seeds", type=click.IntRange(min=1), help="How many.")
 @click.option("--programs", type=click.IntRange(min=1), help="Of the oracle.")

@@ -26,11 +26,6 @@ TRAVEL = 3.0  # η such that the price alone would move θ by so much in the who
 RAREST = 0.05  # a chance below this counts as this: bounds the estimate
 
 
-def flat_posterior(theta: Tensor, gamma: float) -> Tensor:
-    """The prior's best ``π = γθ / (1 + (γ − 1)θ)`` under the flattening hyper-prior."""
-    return gamma * theta / (1 + (gamma - 1) * theta)
-
-
 class Multipliers:
     """θ of one layer's units, the ξ drawn last, and the step.
 
@@ -155,7 +150,7 @@ def _silence(model: nn.Module, gates: dict[str, Multipliers]) -> None:
 
 
 METHODS = (
-    Method("Bernoulli units", lambda task: units(task, False), "stochastic"),
+    Method("Bernoulli units", lambda task: units(task, False), "stochastic", auto=True),
     Method("Bernoulli units by cost", lambda task: units(task, True), "stochastic"),
     Method("Bernoulli layers", blocks, "stochastic", "residual"),
 )

@@ -2,7 +2,8 @@
 
 Blocks one behind the other, each with a predictor of the classes of its own; no gradient goes from block to block, and what the network says is the
 sum of what the predictors say. A block is a linear layer and its ReLU here, trained by direct feedback alignment (their CaFo + DFA): the error of the
-block's predictor comes back through a fixed random matrix. A predictor is ridge regression on one-hot classes, in closed form (their CaFo-MSE).
+block's predictor comes back through a fixed random matrix. A predictor is ridge regression on one-hot classes, in closed form (their CaFo-MSE),
+each by itself.
 Each block and each predictor is a layer program for `nettrim.prune`.
 """
 
@@ -54,6 +55,26 @@ def fit_predictor(predictor: nn.Linear, features: Tensor, targets: Tensor) -> No
 
 
 @torch.no_grad()
+def feedback_gradients(block: nn.Linear, predictor: nn.Linear, feedback: Tensor, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What stands for the gradients of a block's weight and bias, ``((E F) ∘ [z > 0])ᵀ x`` and its sum, and the true ones of its predictor's.
+
+    Parameters
+    ----------
+    block, predictor : nn.Linear
+    feedback : Tensor, shape (classes, units)
+        F, in the place of the predictor's weight.
+    x : Tensor, shape (samples, inputs)
+    wanted : Tensor, shape (samples, classes)
+        One-hot classes; ``E = (softmax − wanted) / samples``.
+    """
+    z = block(x)
+    h = z.relu()
+    error = (predictor(h).softmax(dim=1) - wanted) / len(x)
+    back = (error @ feedback) * (z > 0)
+    return back.T @ x, back.sum(dim=0), error.T @ h, error.sum(dim=0)
+
+
+@torch.no_grad()
 def train_block(block: nn.Linear, inputs: Tensor, labels: Tensor, classes: int, epochs: int, batch_size: int) -> None:
     """Direct feedback alignment of one block with a linear softmax predictor of its own, which is thrown away."""
     feedback = torch.randn(classes, block.out_features) / classes**0.5
@@ -62,18 +83,14 @@ def train_block(block: nn.Linear, inputs: Tensor, labels: Tensor, classes: int, 
     optimizer = torch.optim.Adam(parameters, lr=STEP)
     for _ in range(epochs):
         for batch in torch.randperm(len(inputs)).split(batch_size):
-            x = inputs[batch]
-            z = block(x)
-            h = z.relu()
-            error = (predictor(h).softmax(dim=1) - functional.one_hot(labels[batch], classes)) / len(batch)
-            back = (error @ feedback) * (z > 0)
-            for parameter, gradient in zip(parameters, (back.T @ x, back.sum(dim=0), error.T @ h, error.sum(dim=0)), strict=True):
+            gradients = feedback_gradients(block, predictor, feedback, inputs[batch], functional.one_hot(labels[batch], classes))
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
 
 
 def run(task: Task) -> Outcome:
-    """Block by block, the epochs in equal parts; prune nothing."""
+    """Block by block, the epochs in equal parts, the first blocks with one more where they do not go; prune nothing."""
     linear = [module for module in task.build() if isinstance(module, nn.Linear)]
     widths = [linear[0].in_features, *[module.out_features for module in linear[:-1]]]
     classes = task.data.classes
@@ -82,11 +99,13 @@ def run(task: Task) -> Outcome:
         model = Cascade(widths, classes)
         x = task.inputs
         target = functional.one_hot(task.labels, classes).float()
-        for block, predictor in zip(model.blocks, model.predictors, strict=True):
-            train_block(block, x, task.labels, classes, max(1, task.epochs // len(model.blocks)), task.batch)
+        for place, (block, predictor) in enumerate(zip(model.blocks, model.predictors, strict=True)):
+            each, more = divmod(task.epochs, len(model.blocks))
+            epochs = each + (place < more)
+            train_block(block, x, task.labels, classes, epochs, task.batch)
+            task.spent += epochs
             x = block(x).relu()
             fit_predictor(predictor, x, target)
-            target = target - predictor(x)  # the next predictor is for what is left: the sum is what the network says
     model.eval()
     return Outcome(model, zeros(model), start=Cascade(widths, classes))
 

@@ -7,7 +7,7 @@ by `judge`, which believes no one: a mask that the weights do not keep is an err
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,13 @@ from torch.nn import functional
 from benchmarks.data import Dataset
 from benchmarks.neighbours.models import MODELS
 from nettrim import penalties
+from nettrim.errors import NetTrimError
 
 Masks = dict[str, Tensor]
+
+
+class EpochsError(NetTrimError):
+    """A method trained for more epochs, or fewer, than all have."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,7 @@ class Method:
     network : str
         One of `models.MODELS`.
     auto : bool
-        Whether `nettrim.prune` runs with its defaults afterwards, which take ten times as long, in place of ``allocation="uniform"`` and
-        ``fidelity="layer"``; the table of methods alone leaves it out.
+        Whether `nettrim.prune` runs afterwards not only with evenly spread zeros but with its defaults too, which takes several times as long.
     """
 
     name: str
@@ -95,6 +99,7 @@ class Task:
     batch: int = 200
     shared: dict[Any, tuple[nn.Module, float]] = field(default_factory=dict)
     borrowed: float = 0.0  # seconds of what was taken from `shared`
+    spent: int = 0  # epochs, by `fit` and what was taken from `shared`; a loop of a method's own adds its own
 
     def __post_init__(self) -> None:
         count = min(self.samples or len(self.data.train_inputs), len(self.data.train_inputs))
@@ -128,7 +133,12 @@ class Task:
             self.shared[key] = (model, time.perf_counter() - start)
         else:
             self.borrowed += self.shared[key][1]
+            self.spent += self.training
         return copy.deepcopy(self.shared[key][0])
+
+    def aside(self) -> "Task":
+        """The same task, whose epochs and seconds are not counted here: for a trial that the network in the end does not come from."""
+        return replace(self, spent=0, borrowed=0.0)
 
     def held_accuracy(self, model: nn.Module) -> float:
         """Share of the images kept out of training that are classified right: what decisions are made on, never the test images."""
@@ -142,11 +152,11 @@ class Task:
         *,
         penalty: Callable[[], Tensor] | None = None,
         after_step: Callable[[int], None] | None = None,
-        after_epoch: Callable[[int], bool | None] | None = None,
+        after_epoch: Callable[[int], None] | None = None,
         masks: Masks | None = None,
         extra: list[nn.Parameter] | None = None,
         learning_rate: float = 1e-3,
-        inputs: Tensor | None = None,
+        inputs: Callable[[], Tensor] | None = None,
     ) -> nn.Module:
         """Train in place: Adam, a step that falls linearly to a tenth.
 
@@ -158,33 +168,35 @@ class Task:
             Added to the mean cross-entropy, after the forward pass.
         after_step : callable(int), optional
             Called with the number of the step, from 0, after each.
-        after_epoch : callable(int) -> bool, optional
-            Called with the number of the epoch, from 0; True ends the training.
+        after_epoch : callable(int), optional
+            Called with the number of the epoch, from 0, in eval mode.
         masks : dict, optional
             Weights that stay zero.
         extra : list of Parameter, optional
             Trained besides the model's own.
         learning_rate : float
-        inputs : Tensor, optional
-            In place of the task's, sample by sample.
+        inputs : callable() -> Tensor, optional
+            Asked at every epoch for what the model is given in place of the task's images, sample by sample.
 
         Returns
         -------
         nn.Module
             The model, in eval mode.
         """
-        x, y = self.inputs if inputs is None else inputs, self.labels
+        y = self.labels
+        self.spent += epochs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + 1)
             parameters = [p for p in model.parameters() if p.requires_grad] + (extra or [])
             optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-            steps = max(1, epochs * -(-len(x) // self.batch))
+            steps = max(1, epochs * -(-len(y) // self.batch))
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * min(1.0, step / steps))
             held = [(model.get_parameter(name), mask) for name, mask in (masks or {}).items()]
             model.train()
             step = 0
             for epoch in range(epochs):
-                for batch in torch.randperm(len(x)).split(self.batch):
+                x = self.inputs if inputs is None else inputs()
+                for batch in torch.randperm(len(y)).split(self.batch):
                     loss = functional.cross_entropy(model(x[batch]), y[batch])
                     if penalty is not None:
                         loss = loss + penalty()
@@ -200,8 +212,7 @@ class Task:
                     step += 1
                 if after_epoch is not None:
                     model.eval()
-                    if after_epoch(epoch):
-                        break
+                    after_epoch(epoch)
                     model.train()
         return model.eval()
 

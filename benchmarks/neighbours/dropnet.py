@@ -3,7 +3,7 @@
 The score of a node is the mean of |activation| over the training set. A cycle: train, drop the 20 % of the remaining nodes of least score, over all
 layers, and put what is left back to its initial weights. It ends where the retrained network falls below κ of the accuracy that the first had; the
 last network above it is kept. Cycles are of equal length, so that all of them together take the epochs of the other methods; what is left of them
-goes to the network that is kept.
+goes to the network that is kept. The cycle that fails takes its epoch as well.
 """
 
 import copy
@@ -43,7 +43,7 @@ def run(task: Task) -> Outcome:
     readers = dict(hidden_units(start))
     alive = {name: torch.ones(start.get_submodule(name).weight.shape[0], dtype=torch.bool) for name in readers}
     best: nn.Module | None = None
-    floor, cycles = 0.0, 0
+    floor, kept_cycles = 0.0, 0
     for cycle in range(task.epochs):
         model = copy.deepcopy(start)
         for name, kept in alive.items():
@@ -54,11 +54,11 @@ def run(task: Task) -> Outcome:
             floor = KAPPA * found
         if found < floor:
             break
-        best, cycles = model, cycle + 1
+        best, kept_cycles = model, cycle + 1
         alive = dropped(node_scores(model, task.inputs), alive, SHARE)
     assert best is not None
-    task.fit(best, max(0, task.epochs - cycles), masks=zeros(best))
-    return outcome(best, cycles=cycles)
+    task.fit(best, task.epochs - task.spent, masks=zeros(best))
+    return outcome(best, cycles=kept_cycles)
 
 
-METHODS = (Method("DropNet", run, "schedule"),)
+METHODS = (Method("DropNet", run, "schedule", auto=True),)

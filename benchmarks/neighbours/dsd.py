@@ -1,7 +1,8 @@
 """Dense-sparse-dense (Han, Pool, Narang, Mao, et al.: DSD: dense-sparse-dense training for deep neural networks, ICLR 2017, arXiv 1607.04381).
 
 Train; drop the weights of least magnitude, a share of each layer, and retrain with the zeros held; then let all weights go again, those that were
-dropped from zero, with a tenth of the step. A third of the epochs each. The network in the end is dense: what it buys shows when it is pruned.
+dropped from zero, with a tenth of the step. The second and the third part take a third of the epochs each, rounded down; the first has the rest. The
+network in the end is dense: what it buys shows when it is pruned.
 """
 
 import torch

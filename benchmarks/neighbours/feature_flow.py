@@ -45,4 +45,4 @@ def run(task: Task) -> Outcome:
     return prune_units(task, model, {layer: criteria.unit_norms(model.get_submodule(layer).weight) for layer, _ in hidden_units(model)})
 
 
-METHODS = (Method("feature flow", run, "penalty"),)
+METHODS = (Method("feature flow", run, "penalty", auto=True),)

@@ -82,4 +82,4 @@ def run(task: Task) -> Outcome:
     return outcome(model, held_before_retraining=before, **notes)
 
 
-METHODS = (Method("magnitude + FuseInit", run, "depth"),)
+METHODS = (Method("magnitude + FuseInit", run, "depth", auto=True),)

@@ -1,14 +1,16 @@
 """What is measured on a network that a method left, and on the same network after `nettrim.prune`."""
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import nettrim
 from benchmarks.data import Dataset
-from benchmarks.neighbours.contract import Method, Task
+from benchmarks.neighbours.contract import EpochsError, Method, Task
 from benchmarks.neighbours.models import Residual
 from benchmarks.networks import accuracy
 from nettrim import penalties
@@ -70,43 +72,89 @@ def _sparser(model: nn.Module, calibration: Tensor, density: float, seed: int, a
     return result.model
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a search for the fewest weights ends with.
+
+    Attributes
+    ----------
+    model : nn.Module
+    density : float
+        That it was asked for with; 1 where nothing could go.
+    tried : list of (float, float)
+        Every density, and the test accuracy there.
+    """
+
+    model: nn.Module
+    density: float
+    tried: list[tuple[float, float]]
+
+
+def sparsest(data: Dataset, model: nn.Module, prune: Callable[[float], nn.Module], floor: float, halvings: int, *, most: float = 1.0) -> Found:
+    """The network of fewest weights whose test accuracy is not below the floor, by bisection on the density's logarithm.
+
+    Parameters
+    ----------
+    data : Dataset
+        Accuracy is of its test images: the point that the table is about, the same for all.
+    model : nn.Module
+        What is given back where no density is enough.
+    prune : callable(float) -> nn.Module
+        To a density.
+    floor : float
+    halvings : int
+    most : float
+        Density that the search starts below.
+    """
+    low, high = math.log(min(LEAST, most / 2)), math.log(most)
+    best, density = model, most
+    tried = []
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        pruned = prune(math.exp(middle))
+        found = accuracy(pruned, data.test_inputs, data.test_labels)
+        tried.append((math.exp(middle), found))
+        if found >= floor:
+            best, density, high = pruned, math.exp(middle), middle
+        else:
+            low = middle
+    return Found(best, density, tried)
+
+
 def prune_after(model: nn.Module, data: Dataset, calibration: Tensor, seed: int, halvings: int, auto: bool = False) -> dict[str, Any]:
-    """The fewest weights that `nettrim.prune` leaves while test accuracy falls by at most 0.2 points, by bisection on the density's logarithm.
+    """The fewest weights that `nettrim.prune` leaves while test accuracy falls by at most 0.2 points: with zeros spread evenly, and by its defaults.
 
     Parameters
     ----------
     model : nn.Module
         Left as it is.
     data : Dataset
-        Accuracy is of its test images: the point that the table is about, the same for all methods.
     calibration : Tensor, shape (samples, pixels)
     seed : int
     halvings : int
-        Of the bisection.
+        Of the bisection; one less by the defaults, which start where the even spread ended.
     auto : bool
-        See `contract.Method`.
+        Whether it is searched by the defaults too, see `contract.Method`.
 
     Returns
     -------
     dict
-        ``weights``, ``units``, ``layers``, ``accuracy``, ``seconds`` of one prune (the mean), and ``tried``: every (density, accuracy).
+        ``weights``, ``units``, ``layers``, ``accuracy``, ``seconds`` of one prune (the mean), ``tried``: every (density, accuracy); and the same by
+        the defaults as ``auto``.
     """
-    dense = accuracy(model, data.test_inputs, data.test_labels)
-    low, high = torch.log(torch.tensor(LEAST)).item(), 0.0
-    best, tried = model, []
-    start = time.perf_counter()
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        density = float(torch.tensor(middle).exp())
-        pruned = _sparser(model, calibration, density, seed, auto)
-        found = accuracy(pruned, data.test_inputs, data.test_labels)
-        tried.append((density, found))
-        if found >= dense - FALL:
-            best, high = pruned, middle
-        else:
-            low = middle
-    seconds = (time.perf_counter() - start) / halvings
-    return {**sizes(best), "accuracy": accuracy(best, data.test_inputs, data.test_labels), "seconds": seconds, "tried": tried}
+    floor = accuracy(model, data.test_inputs, data.test_labels) - FALL
+
+    def search(spread: bool, steps: int, before: Found) -> tuple[Found, dict[str, Any]]:
+        start = time.perf_counter()
+        one = sparsest(
+            data, before.model, lambda density: _sparser(model, calibration, density, seed, spread), floor, steps, most=before.density
+        )
+        seconds = (time.perf_counter() - start) / steps
+        found = {**sizes(one.model), "accuracy": accuracy(one.model, data.test_inputs, data.test_labels), "seconds": seconds}
+        return one, {**found, "tried": one.tried}
+
+    one, even = search(False, halvings, Found(model, 1.0, []))
+    return {**even, "auto": search(True, max(1, halvings - 1), one)[1]} if auto else even
 
 
 def measure(method: Method, task: Task, *, calibration: int, halvings: int) -> dict[str, Any]:
@@ -127,12 +175,15 @@ def measure(method: Method, task: Task, *, calibration: int, halvings: int) -> d
     Raises
     ------
     NetTrimError
-        The weights do not keep the zeros that the method says that they have, or the network could not be pruned.
+        The method trained for other than the task's epochs, the weights do not keep the zeros that it says that they have, or the network could not
+        be pruned.
     """
     data = task.data
     start = time.perf_counter()
     left = method.run(task)
     seconds = time.perf_counter() - start + task.borrowed
+    if task.spent != task.epochs:
+        raise EpochsError(f"{method.name} trained for {task.spent} epochs, expected {task.epochs}, the same for all; mend its run()")
     nettrim.check_masks(left.model, left.masks)
     whole = left.start or task.build()
     return {

@@ -25,29 +25,51 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
+class Tail(nn.Module):
+    """A chain whose front can be dropped: from then on it is given what the front puts out.
+
+    Parameters
+    ----------
+    chain : nn.Sequential
+    """
+
+    def __init__(self, chain: nn.Sequential) -> None:
+        super().__init__()
+        self.chain, self.front = chain, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain[self.front :](x)
+
+    @torch.no_grad()
+    def drop(self, last: int, inputs: Tensor) -> Tensor:
+        """Drop the modules before ``last``, and give what they make of the inputs."""
+        gone = self.chain[self.front : last]
+        self.front = last
+        return torch.cat([gone(part) for part in inputs.split(2000)])
+
+
 def run(task: Task) -> Outcome:
-    """Train epoch by epoch; drop the front when it is done."""
+    """Train; after an epoch, drop the front if it is done. What is dropped gets no gradient, so that the optimiser leaves it as it is."""
     model = task.build()
-    modules = list(model)
+    tail = Tail(model)
+    learning = {place: module for place, module in enumerate(model) if any(True for _ in module.parameters())}
+    before = {place: snapshot(module) for place, module in learning.items()}
     first: dict[int, float] = {}
-    front, inputs = 0, task.inputs
+    inputs = task.inputs
     dropped_at: list[int] = []
-    for epoch in range(task.epochs):
-        before = {place: snapshot(module) for place, module in enumerate(modules) if any(True for _ in module.parameters())}
-        tail = nn.Sequential(*modules[front:])
-        task.fit(tail, 1, inputs=inputs, learning_rate=1e-3 * (1 - 0.9 * epoch / task.epochs))
-        done = set(range(len(modules))) - set(before)
-        for place, values in before.items():
-            score = change(values, snapshot(modules[place])) if place >= front else 0.0
-            if score < DONE * first.setdefault(place, score) or place < front:
-                done.add(place)
-        last = next(place for place in range(len(modules)) if place not in done or place == len(modules) - LAST)
-        if any(front <= place < last for place in before) and epoch < task.epochs - 1:
-            with torch.no_grad():
-                inputs = torch.cat([nn.Sequential(*modules[front:last])(part) for part in inputs.split(2000)])
-            front = last
+
+    def drop(epoch: int) -> None:
+        nonlocal before, inputs
+        scores = {place: change(before[place], snapshot(module)) for place, module in learning.items()}
+        before = {place: snapshot(module) for place, module in learning.items()}
+        working = [place for place, score in scores.items() if place >= tail.front and score >= DONE * first.setdefault(place, score)]
+        last = min([*working, len(model) - LAST])
+        if any(tail.front <= place < last for place in learning) and epoch < task.epochs - 1:
+            inputs = tail.drop(last, inputs)
             dropped_at.append(epoch)
-    return outcome(model, front=front, modules=len(modules), dropped_at=dropped_at)
+
+    task.fit(tail, task.epochs, inputs=lambda: inputs, after_epoch=drop)
+    return outcome(model, front=tail.front, modules=len(model), dropped_at=dropped_at)
 
 
 METHODS = (Method("Learn & Drop", run, "stochastic", "residual"),)

@@ -52,11 +52,10 @@ def dropout(task: Task) -> Outcome:
 
 
 METHODS = (
-    Method("plain", plain, "training"),
-    Method("plain (auto)", plain, "training", auto=True),
+    Method("plain", plain, "training", auto=True),
     Method("plain LeNet-5", plain, "training", "filters"),
     Method("plain residual", plain, "training", "residual"),
-    Method("l1", l1, "penalty"),
-    Method("l2", l2, "penalty"),
+    Method("l1", l1, "penalty", auto=True),
+    Method("l2", l2, "penalty", auto=True),
     Method("dropout", dropout, "penalty"),
 )

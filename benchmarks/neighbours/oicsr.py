@@ -21,4 +21,4 @@ def run(task: Task) -> Outcome:
     return prune_units(task, model, {layer: penalties.joined_norms(known, layer, reader).detach() for layer, reader in pairs})
 
 
-METHODS = (Method("OICSR", run, "penalty"),)
+METHODS = (Method("OICSR", run, "penalty", auto=True),)

@@ -1,4 +1,6 @@
-"""Every method by the name that the tables give it."""
+"""Every method by the name that the tables give it, and the numbers that its runs depend on."""
+
+import sys
 
 from benchmarks.neighbours import (
     bernoulli,
@@ -8,6 +10,7 @@ from benchmarks.neighbours import (
     dsd,
     feature_flow,
     fuse,
+    judge,
     large,
     learn_drop,
     magnitude,
@@ -16,6 +19,7 @@ from benchmarks.neighbours import (
     norms,
     oicsr,
     refined,
+    selection,
     sparse_group_lasso,
     spectral_dropout,
     stressed,
@@ -30,3 +34,20 @@ _FILES = (
     spectral_dropout, bernoulli, node_selection, learn_drop, stressed, fuse, cafo,
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for file in _FILES for method in file.METHODS}
+
+
+def constants(name: str) -> dict[str, float]:
+    """The numbers that a method's own file sets, and those of the rules for all: a run is found again only where they are the same.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    dict of str to float
+        By the file and the name there.
+    """
+    files = {sys.modules[METHODS[name].run.__module__], selection, judge}
+    found = {f"{file.__name__.rsplit('.', 1)[1]}.{key}": value for file in files for key, value in vars(file).items() if key.isupper()}
+    return {key: value for key, value in sorted(found.items()) if isinstance(value, (int, float))}

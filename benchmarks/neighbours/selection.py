@@ -78,7 +78,7 @@ def largest_share(
 
 
 def prune_weights(
-    task: Task, model: nn.Module, score: Callable[[Tensor], Tensor], *, by_layer: bool = False, retrain: bool = True, tolerance: float = TOLERANCE
+    task: Task, model: nn.Module, score: Callable[[Tensor], Tensor], *, by_layer: bool = False, retrain: bool = True
 ) -> Outcome:
     """Prune weights by a score of them, then retrain with the zeros held.
 
@@ -91,7 +91,6 @@ def prune_weights(
     by_layer : bool
         The same share of each layer, or of all.
     retrain : bool
-    tolerance : float
 
     Returns
     -------
@@ -105,13 +104,13 @@ def prune_weights(
         for name, weight in penalties.weights(target).items():
             weight.mul_(kept[name])
 
-    pruned, share = largest_share(task, model, prune, tolerance=tolerance)
+    pruned, share = largest_share(task, model, prune)
     if retrain:
         task.fit(pruned, task.retraining, masks=zeros(pruned), learning_rate=5e-4)
     return outcome(pruned, share=share)
 
 
-def prune_units(task: Task, model: nn.Module, scores: Scores, *, by_layer: bool = False, tolerance: float = TOLERANCE) -> Outcome:
+def prune_units(task: Task, model: nn.Module, scores: Scores, *, by_layer: bool = False, retraining: int | None = None) -> Outcome:
     """Prune whole hidden units of a chain by their scores, with what reads them, then retrain with the zeros held.
 
     Parameters
@@ -121,7 +120,8 @@ def prune_units(task: Task, model: nn.Module, scores: Scores, *, by_layer: bool 
     scores : dict of str to Tensor, each of shape (units,)
         By layer; layers that are not named keep all their units.
     by_layer : bool
-    tolerance : float
+    retraining : int, optional
+        Epochs; the task's if not given.
 
     Returns
     -------
@@ -133,6 +133,6 @@ def prune_units(task: Task, model: nn.Module, scores: Scores, *, by_layer: bool 
         for name, kept in kept_by_share(scores, share, by_layer=by_layer).items():
             drop_units(target, name, readers[name], kept)
 
-    pruned, share = largest_share(task, model, prune, tolerance=tolerance)
-    task.fit(pruned, task.retraining, masks=zeros(pruned), learning_rate=5e-4)
+    pruned, share = largest_share(task, model, prune)
+    task.fit(pruned, task.retraining if retraining is None else retraining, masks=zeros(pruned), learning_rate=5e-4)
     return outcome(pruned, share=share)

@@ -42,4 +42,4 @@ def run(task: Task) -> Outcome:
     return outcome(model, coupling=coupling)
 
 
-METHODS = (Method("sparse group lasso", run, "penalty"),)
+METHODS = (Method("sparse group lasso", run, "penalty", auto=True),)

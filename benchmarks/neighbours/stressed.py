@@ -61,7 +61,7 @@ def offspring(model: nn.Module, seed: int) -> None:
 def run(task: Task) -> Outcome:
     """Generations under stress; the last trains without it."""
     model = task.build()
-    each = max(1, task.epochs // GENERATIONS)
+    each = task.epochs // GENERATIONS
     sizes = []
     for generation in range(GENERATIONS - 1):
         wrapped = Stressed(model)
@@ -69,7 +69,7 @@ def run(task: Task) -> Outcome:
         task.fit(wrapped, each, masks=masks)
         offspring(model, 100 * task.seed + generation)
         sizes.append(sum(int(mask.sum()) for mask in zeros(model).values()))
-    task.fit(model, max(1, task.epochs - each * (GENERATIONS - 1)), masks=zeros(model))
+    task.fit(model, task.epochs - task.spent, masks=zeros(model))
     return outcome(model, generations=sizes)
 
 

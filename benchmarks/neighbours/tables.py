@@ -1,6 +1,7 @@
 """The two tables and the figure: every method alone, and the same networks after `nettrim.prune`; means over the seeds that were run."""
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 from rich.table import Table
 
 from benchmarks.neighbours.models import TITLES
-from benchmarks.neighbours.registry import METHODS
+from benchmarks.neighbours.registry import METHODS, constants
 from benchmarks.results import Results
 
 Run = dict[str, Any]
@@ -23,12 +24,25 @@ FIGURES = {
     "DropNet": "60 % of the nodes dropped, or more, without significant loss",
 }
 _TEXT = {"method", "kind", "network", "published", "ours", "program"}
-AFTER = ("method", "network", "accuracy before %", "after %", "weights kept", "%", "units kept", "s a prune", "seeds")
+AFTER = (
+    *("method", "network", "accuracy before %", "evenly: after %", "weights kept", "%", "units kept", "s a prune"),
+    *("by default: after %", "weights kept", "%", "units kept", "s a prune", "seeds"),
+)
+PROTOCOL = ("data", "epochs", "samples", "batch", "calibration", "halvings")
+
+
+def current(runs: list[Run]) -> list[Run]:
+    """Finished runs of the methods with the constants of today's code, and of one protocol: that of which there are most."""
+    done = [run for run in runs if run["settings"]["section"] == "methods" and "error" not in run]
+    done = [run for run in done if (name := run["settings"]["method"]) in METHODS and run["settings"].get("constants") == constants(name)]
+    protocols = Counter(tuple(run["settings"][key] for key in PROTOCOL) for run in done)
+    most = protocols.most_common(1)[0][0] if protocols else ()
+    return [run for run in done if tuple(run["settings"][key] for key in PROTOCOL) == most]
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Finished runs of the section by method, in the registry's order."""
-    done = [run for run in runs if run["settings"]["section"] == "methods" and "error" not in run]
+    """The current runs by method, in the registry's order."""
+    done = current(runs)
     found = {name: [run for run in done if run["settings"]["method"] == name] for name in METHODS}
     return {name: members for name, members in found.items() if members}
 
@@ -66,22 +80,29 @@ def alone(runs: list[Run]) -> list[list[str]]:
             f"{len(members)}",
         ]
         for name, members in grouped(runs).items()
-        if not METHODS[name].auto
+    ]
+
+
+def _pruned(members: list[Run], *keys: str) -> list[str]:
+    """What a search of `nettrim.prune` left: accuracy, weights, their share, units, seconds."""
+    return [
+        _spread(members, *keys, "accuracy"),
+        f"{_mean(members, *keys, 'weights'):,.0f}",
+        f"{100 * _mean(members, *keys, 'weights') / _mean(members, 'whole', 'weights'):.1f}",
+        f"{_mean(members, *keys, 'units'):.0f}",
+        f"{_mean(members, *keys, 'seconds'):.1f}",
     ]
 
 
 def after(runs: list[Run]) -> list[list[str]]:
-    """Rows of table (b)."""
+    """Rows of table (b): zeros spread evenly, and by the defaults where that was run."""
     return [
         [
             name,
             TITLES[METHODS[name].network],
             _spread(members, "accuracy"),
-            _spread(members, "after", "accuracy"),
-            f"{_mean(members, 'after', 'weights'):,.0f}",
-            f"{100 * _mean(members, 'after', 'weights') / _mean(members, 'whole', 'weights'):.1f}",
-            f"{_mean(members, 'after', 'units'):.0f}",
-            f"{_mean(members, 'after', 'seconds'):.1f}",
+            *_pruned(members, "after"),
+            *(_pruned(members, "after", "auto") if METHODS[name].auto else ["–"] * 5),
             f"{len(members)}",
         ]
         for name, members in grouped(runs).items()
@@ -122,20 +143,28 @@ def _markdown(headers: tuple[str, ...], rows: list[list[str]]) -> str:
 
 def settings_line(runs: list[Run]) -> str:
     """What was run, in words: data, epochs, seeds."""
-    done = [run["settings"] for members in grouped(runs).values() for run in members]
-    said = []
-    for data, epochs, samples in sorted({(one["data"], one["epochs"], one["samples"] or 0) for one in done}):
-        seeds = sorted({one["seed"] for one in done if (one["data"], one["epochs"], one["samples"] or 0) == (data, epochs, samples)})
-        said.append(f"{data}, {samples or 'all'} training images, {epochs} epochs in all, seeds {', '.join(map(str, seeds))}")
-    return "; ".join(said) + "."
+    done = [run["settings"] for run in current(runs)]
+    one, seeds = done[0], sorted({each["seed"] for each in done})
+    return f"{one['data']}, {one['samples'] or 'all'} training images, {one['epochs']} epochs in all, seeds {', '.join(map(str, seeds))}."
+
+
+def where(runs: list[Run], results: Results) -> str:
+    """The machine, the versions and the commit of the runs: one line, or that they are a mixture, and of what."""
+    lines = results.describe(runs).splitlines()
+    if len(lines) < 2:
+        return "".join(lines)
+    return "\n".join([f"These runs are a mixture of {len(lines)} commits or machines:", "", *[f"* {line}" for line in lines]])
 
 
 def markdown(results: Results) -> str:
     """Both tables and what they were run on, and the oracle's where it was run."""
     from benchmarks.neighbours.oracle_report import ORACLE, oracle_rows
 
-    runs = [run for run in results.runs if "error" not in run]
-    parts = [results.describe(runs)]
+    programs = [run for run in results.runs if run["settings"]["section"] != "methods" and "error" not in run]
+    runs = [*current(results.runs), *programs]
+    parts = [where(runs, results)]
+    if left := len(results.runs) - len(runs):
+        parts.append(f"Left out: {left} runs that failed, are of another protocol, or of other constants than today's code has.")
     if grouped(runs):
         parts += [
             "Run on " + settings_line(runs),
@@ -169,7 +198,7 @@ def put_into(path: Path, results: Results) -> None:
 
 
 def draw(runs: list[Run], path: Path) -> list[Path]:
-    """Accuracy against weights kept, alone and after `nettrim.prune`, where matplotlib is installed and a run has finished."""
+    """Accuracy against weights kept, alone and after `nettrim.prune` both ways, where matplotlib is installed and a run has finished."""
     found = grouped(runs)
     if not found:
         return []
@@ -178,11 +207,17 @@ def draw(runs: list[Run], path: Path) -> list[Path]:
     except ImportError:
         click.echo("No figure: matplotlib is not installed (pip install 'nettrim[plot]').", err=True)
         return []
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, key, title in ((axes[0], None, "each alone"), (axes[1], "after", "then nettrim.prune, 0.2 points lower")):
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    panels: tuple[tuple[tuple[str, ...], str], ...] = (
+        ((), "each alone"),
+        (("after",), "then nettrim.prune, evenly, 0.2 points lower"),
+        (("after", "auto"), "by its defaults"),
+    )
+    for axis, (keys, title) in zip(axes, panels, strict=True):
         for place, (name, members) in enumerate(found.items()):
-            keys = (key,) if key else ()
+            if "auto" in keys and not METHODS[name].auto:
+                continue
             x = 100 * _mean(members, *keys, "weights") / _mean(members, "whole", "weights")
             marker = "os^Dvp"[place % 6]
             axis.plot(x, 100 * _mean(members, *keys, "accuracy"), marker, color=f"C{place % 10}", label=name)

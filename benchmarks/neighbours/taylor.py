@@ -41,4 +41,4 @@ def run(task: Task) -> Outcome:
     return prune_units(task, model, found)
 
 
-METHODS = (Method("Taylor", run, "criterion"), Method("Taylor filters", run, "criterion", "filters"))
+METHODS = (Method("Taylor", run, "criterion", auto=True), Method("Taylor filters", run, "criterion", "filters"))

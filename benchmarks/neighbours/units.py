@@ -27,4 +27,4 @@ def l1_filters(task: Task) -> Outcome:
     return prune_units(task, model, scores, by_layer=True)
 
 
-METHODS = (Method("unit norm", unit_norm, "criterion"), Method("L1 filters", l1_filters, "criterion", "filters"))
+METHODS = (Method("unit norm", unit_norm, "criterion", auto=True), Method("L1 filters", l1_filters, "criterion", "filters"))
