@@ -12,9 +12,10 @@ from torch import nn
 
 from benchmarks.data import load
 from benchmarks.neighbours import __main__ as command
-from benchmarks.neighbours import judge, tables
-from benchmarks.neighbours.contract import Method, Outcome, Task, zeros
-from benchmarks.neighbours.registry import METHODS
+from benchmarks.neighbours import judge, norms, tables
+from benchmarks.neighbours.contract import EpochsError, Method, Outcome, Task, zeros
+from benchmarks.neighbours.registry import METHODS, constants
+from benchmarks.results import Results
 from nettrim import MaskError
 from nettrim.errors import ConvergenceError
 
@@ -43,6 +44,11 @@ def test_every_method_is_run_judged_printed_and_drawn(ran: tuple[Path, Result]) 
         assert 0 <= run["accuracy"] <= 1 and run["seconds"] > 0
         assert run["after"]["accuracy"] >= run["accuracy"] - judge.FALL - 1e-9
         assert len(run["after"]["tried"]) == command.DIGITS.halvings
+        assert ("auto" in run["after"]) == METHODS[name].auto
+        if METHODS[name].auto:
+            found = run["after"]["auto"]
+            assert found["weights"] <= run["after"]["weights"] and found["accuracy"] >= run["accuracy"] - judge.FALL - 1e-9
+            assert len(found["tried"]) == command.DIGITS.halvings - 1
     assert {"each alone", "against the certified optimum"} <= set(line.strip() for line in result.output.splitlines())
     assert out.with_name("results-accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -68,8 +74,9 @@ def test_tables_are_put_between_the_marks(ran: tuple[Path, Result], tmp_path: Pa
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     for name in METHODS:
-        assert text.count(f"| {name} | ") == (1 if METHODS[name].auto else 2) + (name in tables.FIGURES)
-    assert "300 training images, 2 epochs in all, seeds 0" in text and "reweighted ℓ1" in text
+        assert text.count(f"| {name} | ") == 2 + (name in tables.FIGURES)
+    assert "mixture" not in text and "Left out" not in text and text.count("; commit ") == 1
+    assert "300 training images, 4 epochs in all, seeds 0" in text and "reweighted ℓ1" in text
     once = page.read_bytes()
     invoke(out, "--into", str(page))
     assert page.read_bytes() == once
@@ -82,6 +89,7 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path: Path, monkeypatch: p
     def fail(task: Task) -> Outcome:
         raise ConvergenceError("no end in sight")
 
+    fail.__module__ = norms.__name__  # whose constants are in the settings
     out = tmp_path / "results.json"
     arguments = ("--only", "methods", "--methods", "plain", "--epochs", "4", "--samples", "200")
     with monkeypatch.context() as patch:
@@ -104,7 +112,7 @@ def test_wrong_options_are_refused(arguments: list[str], tmp_path: Path) -> None
 
 def test_masks_that_do_not_hold_are_found_out() -> None:
     def lying(task: Task) -> Outcome:
-        model = task.build()
+        model = task.fit(task.build(), task.epochs)
         return Outcome(model, {name: torch.zeros_like(mask) for name, mask in zeros(model).items()})
 
     with pytest.raises(MaskError, match="zeros lost"):
@@ -132,21 +140,83 @@ def test_sizes_of_a_given_network() -> None:
     assert judge.live_units(model) == (1, 2)
 
 
+def settings(method: str, **changed: Any) -> dict[str, Any]:
+    """As the command writes them."""
+    protocol = {"data": "mnist", "epochs": 8, "samples": None, "batch": 200, "calibration": 1000, "halvings": 5, "seed": 0}
+    return {"section": "methods", "method": method, **protocol, "constants": constants(method), **changed}
+
+
+def test_a_changed_constant_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert constants("l1")["norms.L1"] == norms.L1 and constants("l1")["judge.FALL"] == judge.FALL and "norms.L1" not in constants("OICSR")
+    assert constants("Bernoulli units")["bernoulli.UNIT_PRICE"] > 0 and constants("DropNeuron li + lo")["dropneuron.LI"] > 0
+    results = Results(tmp_path / "results.json", "neighbours")
+    results.append(settings("l1"), {"accuracy": 0.9})
+    assert tables.current(results.runs) == results.runs and results.find(settings("l1"))
+    monkeypatch.setattr(norms, "L1", 7e-5)
+    assert tables.current(results.runs) == [] and results.find(settings("l1")) is None
+
+
+def test_the_tables_are_of_one_protocol() -> None:
+    runs = [{"settings": settings("l1", samples=300)}, *[{"settings": settings("l1", seed=seed)} for seed in range(2)]]
+    assert tables.current(runs) == runs[1:]
+    assert tables.settings_line(runs) == "mnist, all training images, 8 epochs in all, seeds 0, 1."
+
+
+def test_a_mixture_of_commits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path / "results.json", "neighbours")
+    for seed, commit in enumerate(["aaaa", "aaaa", "bbbb"]):
+        monkeypatch.setattr("benchmarks.results._git", lambda *arguments, commit=commit: commit if arguments[0] == "rev-parse" else "")
+        results.append(settings("l1", seed=seed), {})
+    assert tables.where(results.runs[:2], results).endswith("; commit aaaa.") and "\n" not in tables.where(results.runs[:2], results)
+    said = tables.where(results.runs, results)
+    assert said.startswith("These runs are a mixture of 2 commits") and "commit aaaa." in said and "commit bbbb." in said
+
+
+@pytest.mark.parametrize("epochs", [7, 9])
+def test_another_number_of_epochs_is_found_out(epochs: int) -> None:
+    def other(task: Task) -> Outcome:
+        return norms.outcome(task.fit(task.build(), epochs))
+
+    with pytest.raises(EpochsError, match=f"trained for {epochs} epochs, expected 8"):
+        judge.measure(Method("other", other, "training"), Task(load("digits"), "dense", 8, 0, samples=100, batch=50), calibration=50, halvings=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_same_epochs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by the optimiser's steps, in whichever loop: eight passes and no more, but for trials that are said."""
+    taken = 0
+    step = torch.optim.Adam.step
+
+    def counted(self: torch.optim.Adam, *arguments: Any, **options: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    task = Task(load("digits"), METHODS[name].network, 8, 0, samples=150, batch=40)
+    result = METHODS[name].run(task)
+    assert task.spent == 8 and len(task.inputs) == 120
+    assert taken == 3 * (8 + result.notes.get("trial_epochs", task.retraining) - task.retraining)
+
+
 def test_several_seeds_are_a_mean_and_half_a_range() -> None:
     whole = {"weights": 100, "units": 10, "layers": 2}
+    pruned = {"units": 4, "layers": 2, "seconds": 1.0}
     runs = [
         {
-            "settings": {"section": "methods", "method": "l1", "seed": seed},
+            "settings": {**settings("l1"), "seed": seed},
             "whole": whole,
             "weights": weights,
             "units": 5,
             "layers": 2,
             "accuracy": accuracy,
             "seconds": 2.0,
-            "after": {"weights": 10, "units": 4, "layers": 2, "accuracy": accuracy - 0.002, "seconds": 1.0},
+            "after": {**pruned, "weights": 10, "accuracy": accuracy - 0.002, "auto": {**pruned, "weights": 6, "accuracy": accuracy - 0.001}},
         }
         for seed, (weights, accuracy) in enumerate([(20, 0.97), (40, 0.98)])
     ]
     assert tables.alone(runs) == [["l1", "penalty", "LeNet-300-100", "30 of 100", "30.0", "5 of 10", "2 of 2", "97.50 ± 0.50", "2", "2"]]
     assert tables.published(runs) == [["l1", tables.FIGURES["l1"], "30 of 100 weights, 50 % of the units dropped, at 97.50 ± 0.50 %"]]
-    assert tables.after(runs) == [["l1", "LeNet-300-100", "97.50 ± 0.50", "97.30 ± 0.50", "10", "10.0", "4", "1.0", "2"]]
+    even, auto = ["97.30 ± 0.50", "10", "10.0", "4", "1.0"], ["97.40 ± 0.50", "6", "6.0", "4", "1.0"]
+    assert tables.after(runs) == [["l1", "LeNet-300-100", "97.50 ± 0.50", *even, *auto, "2"]]
+    assert {len(row) for row in tables.after(runs)} == {len(tables.AFTER)}

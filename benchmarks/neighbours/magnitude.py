@@ -30,7 +30,7 @@ def globally(task: Task) -> Outcome:
 
 
 def by_test(task: Task) -> Outcome:
-    """One threshold, found by bisection on the accuracy after the retraining. The network that is left has had the epochs of all; trials come on top."""
+    """One threshold, found by bisection on the accuracy after the retraining. What is left has had the epochs of all; trials come on top."""
     trained = task.trained()
     scores = {name: criteria.magnitude(weight) for name, weight in penalties.weights(trained).items()}
     trial = task.aside()

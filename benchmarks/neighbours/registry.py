@@ -49,5 +49,5 @@ def constants(name: str) -> dict[str, float]:
         By the file and the name there.
     """
     files = {sys.modules[METHODS[name].run.__module__], selection, judge}
-    found = {f"{file.__name__.rsplit('.', 1)[1]}.{key}": value for file in files for key, value in vars(file).items() if key.isupper()}
+    found = {f"{file.__name__.rsplit('.', 1)[-1]}.{key}": value for file in files for key, value in vars(file).items() if key.isupper()}
     return {key: value for key, value in sorted(found.items()) if isinstance(value, (int, float))}
