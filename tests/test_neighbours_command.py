@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
+import nettrim
 from benchmarks.data import load
 from benchmarks.neighbours import __main__ as command
 from benchmarks.neighbours import judge, norms, tables
@@ -129,6 +130,26 @@ def test_pruning_after_keeps_the_zeros_and_the_accuracy() -> None:
     assert found["units"] <= 12 + 16 and found["weights"] <= judge.sizes(model)["weights"]
     accuracies = [accuracy for density, accuracy in found["tried"] if accuracy == found["accuracy"]]
     assert accuracies or found["weights"] == judge.sizes(model)["weights"]
+
+
+def test_the_second_search_is_by_the_defaults_and_starts_where_the_first_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    prune = nettrim.prune
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        asked.append(options)
+        return prune(*arguments, **options)
+
+    monkeypatch.setattr(nettrim, "prune", watched)
+    data = load("digits")
+    task = Task(data, "dense", 12, 0, batch=20)
+    found = judge.prune_after(task.trained(), data, task.inputs[:300], 0, 3, auto=True)
+    even, auto = asked[:3], asked[3:]
+    assert [(each["allocation"], each["fidelity"]) for each in even] == [("uniform", "layer")] * 3
+    assert len(auto) == 2 and not any({"allocation", "fidelity"} & set(each) for each in auto)
+    passed = [density for density, accuracy in found["tried"] if accuracy == found["accuracy"]]
+    assert passed and all(1 - each["sparsity"] < min(passed) for each in auto)
+    assert [density for density, _ in found["auto"]["tried"]] == pytest.approx([1 - each["sparsity"] for each in auto])
 
 
 def test_sizes_of_a_given_network() -> None:

@@ -155,11 +155,14 @@ def test_a_front_that_is_done_is_run_once(data: Dataset, monkeypatch: pytest.Mon
     model = one.build()
     monkeypatch.setattr(one, "build", lambda: model)
     training: list[bool] = []
+    negative: list[bool] = []
     model[0].register_forward_hook(lambda module, inputs, output: training.append(torch.is_grad_enabled()))
+    model[3].register_forward_hook(lambda module, inputs, output: negative.append(bool((inputs[0] < 0).any())))
     result = learn_drop.run(one)
     steps = len(one.inputs) // 20
     assert result.notes["front"] == 3 and result.notes["dropped_at"] == [0]
     assert training == [True] * steps + [False]  # one epoch, then once for what the rest is given
+    assert negative == [True] * 3 * steps  # pixels, which are as many as the units, are never below 0
     # what the front computes is what the rest was trained on: the whole network does as well
     assert one.held_accuracy(result.model) > 0.8
 
