@@ -49,7 +49,7 @@ def test_every_method_is_run_judged_printed_and_drawn(ran: tuple[Path, Result]) 
         if METHODS[name].auto:
             found = run["after"]["auto"]
             assert found["weights"] <= run["after"]["weights"] and found["accuracy"] >= run["accuracy"] - judge.FALL - 1e-9
-            assert len(found["tried"]) == command.DIGITS.halvings - 1
+            assert len(found["tried"]) == command.DIGITS.auto_halvings
     assert {"each alone", "against the certified optimum"} <= set(line.strip() for line in result.output.splitlines())
     assert out.with_name("results-accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -117,7 +117,7 @@ def test_masks_that_do_not_hold_are_found_out() -> None:
         return Outcome(model, {name: torch.zeros_like(mask) for name, mask in zeros(model).items()})
 
     with pytest.raises(MaskError, match="zeros lost"):
-        judge.measure(Method("liar", lying, "criterion"), Task(load("digits"), "dense", 2, 0, samples=200), calibration=50, halvings=1)
+        judge.measure(Method("liar", lying, "criterion"), Task(load("digits"), "dense", 2, 0, samples=200), calibration=50, halvings=(1, 0))
 
 
 def test_pruning_after_keeps_the_zeros_and_the_accuracy() -> None:
@@ -126,7 +126,7 @@ def test_pruning_after_keeps_the_zeros_and_the_accuracy() -> None:
     model = task.trained()
     with torch.no_grad():
         model[0].weight[:12] = 0
-    found = judge.prune_after(model, data, task.inputs[:300], 0, 5)
+    found = judge.prune_after(model, data, task.inputs[:300], 0, (5, 0))
     assert found["units"] <= 12 + 16 and found["weights"] <= judge.sizes(model)["weights"]
     accuracies = [accuracy for density, accuracy in found["tried"] if accuracy == found["accuracy"]]
     assert accuracies or found["weights"] == judge.sizes(model)["weights"]
@@ -143,7 +143,7 @@ def test_the_second_search_is_by_the_defaults_and_starts_where_the_first_ended(m
     monkeypatch.setattr(nettrim, "prune", watched)
     data = load("digits")
     task = Task(data, "dense", 12, 0, batch=20)
-    found = judge.prune_after(task.trained(), data, task.inputs[:300], 0, 3, auto=True)
+    found = judge.prune_after(task.trained(), data, task.inputs[:300], 0, (3, 2))
     even, auto = asked[:3], asked[3:]
     assert [(each["allocation"], each["fidelity"]) for each in even] == [("uniform", "layer")] * 3
     assert len(auto) == 2 and not any({"allocation", "fidelity"} & set(each) for each in auto)
@@ -163,7 +163,7 @@ def test_sizes_of_a_given_network() -> None:
 
 def settings(method: str, **changed: Any) -> dict[str, Any]:
     """As the command writes them."""
-    protocol = {"data": "mnist", "epochs": 8, "samples": None, "batch": 200, "calibration": 1000, "halvings": 5, "seed": 0}
+    protocol = {"data": "mnist", "epochs": 8, "samples": None, "batch": 200, "calibration": 1000, "halvings": 5, "auto_halvings": 4, "seed": 0}
     return {"section": "methods", "method": method, **protocol, "constants": constants(method), **changed}
 
 
@@ -199,7 +199,7 @@ def test_another_number_of_epochs_is_found_out(epochs: int) -> None:
         return norms.outcome(task.fit(task.build(), epochs))
 
     with pytest.raises(EpochsError, match=f"trained for {epochs} epochs, expected 8"):
-        judge.measure(Method("other", other, "training"), Task(load("digits"), "dense", 8, 0, samples=100, batch=50), calibration=50, halvings=1)
+        judge.measure(Method("other", other, "training"), Task(load("digits"), "dense", 8, 0, samples=100, batch=50), calibration=50, halvings=(1, 0))
 
 
 @pytest.mark.parametrize("name", METHODS)

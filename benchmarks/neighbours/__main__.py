@@ -43,6 +43,8 @@ class Protocol:
         0, 1, ...
     calibration, halvings : int
         Images for `nettrim.prune`, and steps of the search for its sparsity.
+    auto_halvings : int
+        Steps of the second search, by the defaults of `nettrim.prune`; 0 for none.
     programs : int
         Small programs of the oracle.
     methods : tuple of str
@@ -55,13 +57,14 @@ class Protocol:
     seeds: int = 3
     calibration: int = 1000
     halvings: int = 5
+    auto_halvings: int = 4
     programs: int = 60
     methods: tuple[str, ...] = tuple(METHODS)
 
 
 FULL = Protocol()
-QUICK = Protocol(epochs=4, samples=8_000, seeds=1, calibration=300, halvings=2, programs=6)
-DIGITS = Protocol(data="digits", epochs=12, batch=20, seeds=1, calibration=200, halvings=2, programs=2)
+QUICK = Protocol(epochs=4, samples=8_000, seeds=1, calibration=300, halvings=2, auto_halvings=0, programs=6)
+DIGITS = Protocol(data="digits", epochs=12, batch=20, seeds=1, calibration=200, halvings=2, auto_halvings=1, programs=2)
 
 
 def run_methods(protocol: Protocol, results: Results, console: Console) -> list[Run]:
@@ -82,6 +85,7 @@ def run_methods(protocol: Protocol, results: Results, console: Console) -> list[
                 "batch": protocol.batch,
                 "calibration": protocol.calibration,
                 "halvings": protocol.halvings,
+                "auto_halvings": protocol.auto_halvings,
                 "constants": constants(name),
                 "seed": seed,
             }
@@ -90,7 +94,8 @@ def run_methods(protocol: Protocol, results: Results, console: Console) -> list[
                 task = Task(data, method.network, protocol.epochs, seed, protocol.samples, protocol.batch, shared)
                 try:
                     with console.status(f"{name}, seed {seed}"):
-                        run = results.append(settings, measure(method, task, calibration=protocol.calibration, halvings=protocol.halvings))
+                        steps = (protocol.halvings, protocol.auto_halvings)
+                        run = results.append(settings, measure(method, task, calibration=protocol.calibration, halvings=steps))
                 except NetTrimError as error:
                     console.print(f"[red]failed[/red] {name}, seed {seed}: {error}")
                     run = results.append(settings, {"error": f"{type(error).__name__}: {error}"})

@@ -121,7 +121,7 @@ def sparsest(data: Dataset, model: nn.Module, prune: Callable[[float], nn.Module
     return Found(best, density, tried)
 
 
-def prune_after(model: nn.Module, data: Dataset, calibration: Tensor, seed: int, halvings: int, auto: bool = False) -> dict[str, Any]:
+def prune_after(model: nn.Module, data: Dataset, calibration: Tensor, seed: int, halvings: tuple[int, int]) -> dict[str, Any]:
     """The fewest weights that `nettrim.prune` leaves while test accuracy falls by at most 0.2 points: with zeros spread evenly, and by its defaults.
 
     Parameters
@@ -131,10 +131,8 @@ def prune_after(model: nn.Module, data: Dataset, calibration: Tensor, seed: int,
     data : Dataset
     calibration : Tensor, shape (samples, pixels)
     seed : int
-    halvings : int
-        Of the bisection; one less by the defaults, which start where the even spread ended.
-    auto : bool
-        Whether it is searched by the defaults too, see `contract.Method`.
+    halvings : tuple of (int, int)
+        Of the bisections: evenly, and by the defaults, which start where the even spread ended; 0 for none.
 
     Returns
     -------
@@ -153,19 +151,21 @@ def prune_after(model: nn.Module, data: Dataset, calibration: Tensor, seed: int,
         found = {**sizes(one.model), "accuracy": accuracy(one.model, data.test_inputs, data.test_labels), "seconds": seconds}
         return one, {**found, "tried": one.tried}
 
-    one, even = search(False, halvings, Found(model, 1.0, []))
-    return {**even, "auto": search(True, max(1, halvings - 1), one)[1]} if auto else even
+    one, even = search(False, halvings[0], Found(model, 1.0, []))
+    return {**even, "auto": search(True, halvings[1], one)[1]} if halvings[1] else even
 
 
-def measure(method: Method, task: Task, *, calibration: int, halvings: int) -> dict[str, Any]:
+def measure(method: Method, task: Task, *, calibration: int, halvings: tuple[int, int]) -> dict[str, Any]:
     """Run a method and judge what it left.
 
     Parameters
     ----------
     method : Method
     task : Task
-    calibration, halvings : int
-        Images for the pruning after it, and steps of its search.
+    calibration : int
+        Images for the pruning after it.
+    halvings : tuple of (int, int)
+        Steps of its two searches, see `prune_after`; the second only where the method says so.
 
     Returns
     -------
@@ -192,5 +192,5 @@ def measure(method: Method, task: Task, *, calibration: int, halvings: int) -> d
         "accuracy": accuracy(left.model, data.test_inputs, data.test_labels),
         "seconds": seconds,
         "notes": left.notes,
-        "after": prune_after(left.model, data, task.inputs[:calibration], task.seed, halvings, method.auto),
+        "after": prune_after(left.model, data, task.inputs[:calibration], task.seed, (halvings[0], halvings[1] * method.auto)),
     }

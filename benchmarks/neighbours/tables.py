@@ -28,7 +28,7 @@ AFTER = (
     *("method", "network", "accuracy before %", "evenly: after %", "weights kept", "%", "units kept", "s a prune"),
     *("by default: after %", "weights kept", "%", "units kept", "s a prune", "seeds"),
 )
-PROTOCOL = ("data", "epochs", "samples", "batch", "calibration", "halvings")
+PROTOCOL = ("data", "epochs", "samples", "batch", "calibration", "halvings", "auto_halvings")
 
 
 def current(runs: list[Run]) -> list[Run]:
@@ -102,7 +102,7 @@ def after(runs: list[Run]) -> list[list[str]]:
             TITLES[METHODS[name].network],
             _spread(members, "accuracy"),
             *_pruned(members, "after"),
-            *(_pruned(members, "after", "auto") if METHODS[name].auto else ["–"] * 5),
+            *(_pruned(members, "after", "auto") if all("auto" in run["after"] for run in members) else ["–"] * 5),
             f"{len(members)}",
         ]
         for name, members in grouped(runs).items()
@@ -216,7 +216,7 @@ def draw(runs: list[Run], path: Path) -> list[Path]:
     )
     for axis, (keys, title) in zip(axes, panels, strict=True):
         for place, (name, members) in enumerate(found.items()):
-            if "auto" in keys and not METHODS[name].auto:
+            if "auto" in keys and not all("auto" in run["after"] for run in members):
                 continue
             x = 100 * _mean(members, *keys, "weights") / _mean(members, "whole", "weights")
             marker = "os^Dvp"[place % 6]
