@@ -41,9 +41,9 @@ class Observation:
         P, over all batches.
     """
 
-    def __init__(self, matrix: Matrix, scale: Tensor | None, source: Source, *, hold: bool = False, unfold: bool = True) -> None:
+    def __init__(self, matrix: Matrix, scale: Tensor | None, source: Source, *, hold: bool = False, most: float = math.inf) -> None:
         """``source`` yields, batch by batch, what was kept of the input and ``Z``; it is run through once here. ``hold`` all rows, however many;
-        without ``unfold`` what they are made of.
+        of more than ``most`` what they are made of.
         """
         self._matrix, self._scale, self._source = matrix, scale, source
         self._held: list[tuple[Tensor, Tensor]] | None = []
@@ -57,7 +57,7 @@ class Observation:
             if self._held is not None:
                 self._held.append((kept, Z))
         M, N = matrix.shape
-        if unfold and self._held is not None and self.count * (matrix.groups * (N + matrix.has_bias) + M) <= limit:
+        if self.count <= most and self._held is not None and self.count * (matrix.groups * (N + matrix.has_bias) + M) <= limit:
             self._rows = self._whole()
             self._held = None
 
@@ -332,8 +332,10 @@ def observed(
 
     where = torch.device(device) if device is not None else matrix.weight.device
     norm = None if layer.norm is None else Norm(layer.norm.scale.to(where), layer.norm.shift.to(where))
-    unfold = unfold or not isinstance(matrix.kind, Convolutional)
-    seen = Observation(matrix, None if norm is None else norm.scale, source, hold=hold, unfold=unfold)
+    most = math.inf
+    if isinstance(matrix.kind, Convolutional):  # whose inputs take a fraction of the rows' memory
+        most = 0 if not unfold else most if max_rows is None else max_rows
+    seen = Observation(matrix, None if norm is None else norm.scale, source, hold=hold, most=most)
     weights = matrix.as_matrix().to(where)
     weights = weights.to(matrix.compute_dtype) if norm is None else (weights.double() * norm.scale[:, None]).to(matrix.compute_dtype)
     # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within

@@ -146,3 +146,13 @@ def test_a_program_of_a_streamed_convolution_is_the_one_of_its_rows(monkeypatch:
     assert result.report.layers[0].objective == pytest.approx(expected.objective, rel=1e-5)
     assert result.report.layers[0].lower_bound <= expected.objective * (1 + 1e-9)
     assert math.isclose(result.report.layers[0].epsilon, 0.3 * float(Y.norm()), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("most", (200, None))
+def test_where_rows_are_drawn_a_convolution_holds_its_inputs_and_not_all_its_rows(most: int | None) -> None:
+    model, batches = network(), images()
+    run = calibration.runner(None)
+    seen = observe(trace(model, batches, run).layers[0], model, None, batches, run, device=None, max_rows=most)
+    assert (seen.observation.rows is None) == (most is not None)
+    assert (seen.drawn is not None) == (most is not None) and seen.rows == 60 * 36
+    assert most is None or seen.observation.inputs is not None
