@@ -33,7 +33,7 @@ from nettrim.selection import Pattern
 from nettrim.solvers import Solution, cg_admm
 from nettrim.stages import Stage
 from nettrim.storing import Stored, store
-from nettrim.tracing import Trace, TracedLayer
+from nettrim.tracing import Trace, TracedLayer, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +164,8 @@ def execute(task: Task, options: Options) -> PruneResult:
     if options.recalibrate_batchnorm:
         batchnorm.recalibrate(pruned, solve_on, run)
         why_not = "the BatchNorms' statistics were estimated again, and the layers' promises are about those before"
+    elif why_not is None:  # values may decide what runs
+        why_not = traced.unlike(trace(pruned, solve_on, run))
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
     parts = [part for part in (solve_on, keep_out) if part]
     outputs: list[tuple[Tensor, Tensor] | Apart]
