@@ -102,9 +102,10 @@ def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: d
             continue
         else:
             weights, bias = _folded(layer, stored)
-            added = 0.0 if bias is None else math.sqrt(rows) * float(bias.norm())
-            sums_norm = output_norm * layer.spread * float(weights.norm()) + added
-            output_norm = output_norm * _reach(layer, stored) + added
+            slope, at_zero = (1.0, 0.0) if layer.function is None else (layer.function.lipschitz, layer.function.at_zero)
+            added = 0.0 if bias is None else slope * math.sqrt(rows) * float(bias.norm())
+            sums_norm = slope * output_norm * layer.spread * float(weights.norm()) + added
+            output_norm = output_norm * _reach(layer, stored) + added + math.sqrt(rows * stored.shape[0]) * at_zero
         inflation = None if promise is None else promise.inflation
         if promise is None:
             bound *= _reach(layer, stored)
