@@ -223,7 +223,12 @@ def _difference(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
 
 
 def _figures(difference: float, norm: float) -> tuple[float, float]:
-    return difference, difference / norm if norm > 0 else (0.0 if difference == 0 else math.inf)
+    return difference, share(difference, norm)
+
+
+def share(discrepancy: float, norm: float) -> float:
+    """A discrepancy relative to the norm of what it is about: none of nothing is 0, and any of nothing infinite."""
+    return discrepancy / norm if norm > 0 else 0.0 if discrepancy == 0 else math.inf
 
 
 def _incomparable(pruned: object, dense: object) -> NetTrimError:
