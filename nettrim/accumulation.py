@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nettrim.activations import output
 from nettrim.calibration import Run, run_batch
 from nettrim.capture import evaluation
+from nettrim.certificate import share
 from nettrim.layers import Call
 from nettrim.tracing import TracedLayer
 
@@ -57,14 +58,8 @@ def accumulated(
                     continue
                 squares[name] += float((other[name].double() - dense[name].double()).square().sum())
                 norms[name] += float(dense[name].double().square().sum())
-        found.update({name: _share(squares[name], norms[name]) for name in group})
+        found.update({name: None if math.isnan(squares[name]) else share(math.sqrt(squares[name]), math.sqrt(norms[name])) for name in group})
     return found
-
-
-def _share(square: float, norm: float) -> float | None:
-    if math.isnan(square):
-        return None
-    return math.sqrt(square / norm) if norm > 0 else 0.0 if square == 0 else math.inf
 
 
 def _groups(sizes: dict[str, int]) -> Iterator[list[str]]:

@@ -47,6 +47,10 @@ class Activation:
         done: Tensor = getattr(_ATEN, self.operation).default(Z, *self.arguments, **dict(self.options))
         return done
 
+    @property
+    def at_zero(self) -> float:
+        """``|act(0)|``: with it, ``|act(z)| ≤ L|z| + |act(0)|``."""
+        return abs(float(self(torch.zeros((), dtype=torch.float64))))
 
     @property
     def interval(self) -> tuple[float, float | None] | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation
+from nettrim.capture import Stop, evaluation
 from nettrim.errors import NetTrimError
 
 HIDDEN = object()  # where a block's output holds the hidden state
@@ -28,10 +28,6 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 class NotBlocks(NetTrimError):
     """The network is not one of blocks, and why; it is run whole then, or the call is refused."""
-
-
-class Stop(BaseException):
-    """Ends a forward pass; no `Exception`, so that a model's own handlers let it through."""
 
 
 @dataclass(frozen=True)

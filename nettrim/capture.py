@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nettrim import layers
+from nettrim.buffers import Buffers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
 from nettrim.layers import Matrix
 from nettrim.sharing import turn
 
 
-class _Stop(BaseException):
-    """Ends a forward pass once the layer has run; no `Exception`, so that a model's own handlers let it through."""
+class Stop(BaseException):
+    """Ends a forward pass once enough has run; no `Exception`, so that a model's own handlers let it through."""
 
 
 @contextmanager
@@ -43,11 +44,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    buffers = Buffers(module for module, _ in flags)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -57,12 +54,11 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in flags:
-            module.training = training
-        for module, name, buffer, before in buffers:
-            with torch.no_grad():
-                buffer.copy_(before)
-            setattr(module, name, buffer)
+        try:
+            buffers.put_back()
+        finally:
+            for module, training in flags:
+                module.training = training
 
 
 def kept(
@@ -103,10 +99,10 @@ def kept(
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         call = layers.Call(args, kwargs, out)
         x, z = kind.inputs(module, part, call), kind.outputs(module, part, call)
-        # copies: a model that catches even `_Stop` goes on and may change both in place
+        # copies: a model that catches even `Stop` goes on and may change both in place
         seen.append((x.to(device=device, copy=True), z.to(device=device, dtype=matrix.compute_dtype, copy=True)))
         if not kind.repeats:
-            raise _Stop
+            raise Stop
 
     for index, batch in enumerate(batches):
         seen.clear()
@@ -115,7 +111,7 @@ def kept(
             handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             try:
                 run_batch(model, batch, index, run)
-            except _Stop:
+            except Stop:
                 pass
             finally:
                 handle.remove()
@@ -124,8 +120,9 @@ def kept(
                 f"layer {name!r} did not run in calibration batch {index}; expected it to run in every "
                 "batch: leave it out (ignore) or leave out that batch"
             )
-        for what, values in zip(("input", "output"), seen[0], strict=True):
-            _require_finite(values, f"the {what} of layer {name!r}", index)
+        for call in seen:
+            for what, values in zip(("input", "output"), call, strict=True):
+                _require_finite(values, f"the {what} of layer {name!r}", index)
         if not kind.repeats:
             yield seen[0]
         else:

@@ -102,9 +102,10 @@ def network_bound(dense: nn.Module, pruned: nn.Module, trace: Trace, promises: d
             continue
         else:
             weights, bias = _folded(layer, stored)
-            added = 0.0 if bias is None else math.sqrt(rows) * float(bias.norm())
-            sums_norm = output_norm * layer.spread * float(weights.norm()) + added
-            output_norm = output_norm * _reach(layer, stored) + added
+            slope, at_zero = (1.0, 0.0) if layer.function is None else (layer.function.lipschitz, layer.function.at_zero)
+            added = 0.0 if bias is None else slope * math.sqrt(rows) * float(bias.norm())
+            sums_norm = slope * output_norm * layer.spread * float(weights.norm()) + added
+            output_norm = output_norm * _reach(layer, stored) + added + math.sqrt(rows * stored.shape[0]) * at_zero
         inflation = None if promise is None else promise.inflation
         if promise is None:
             bound *= _reach(layer, stored)
@@ -222,7 +223,12 @@ def _difference(dense: Tensor, pruned: Tensor) -> tuple[float, float]:
 
 
 def _figures(difference: float, norm: float) -> tuple[float, float]:
-    return difference, difference / norm if norm > 0 else (0.0 if difference == 0 else math.inf)
+    return difference, share(difference, norm)
+
+
+def share(discrepancy: float, norm: float) -> float:
+    """A discrepancy relative to the norm of what it is about: none of nothing is 0, and any of nothing infinite."""
+    return discrepancy / norm if norm > 0 else 0.0 if discrepancy == 0 else math.inf
 
 
 def _incomparable(pruned: object, dense: object) -> NetTrimError:

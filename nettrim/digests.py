@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_flatten
 
 from nettrim.report import Report
 
+_CHUNK = 2**24  # bytes
+
 
 def model_digest(model: nn.Module) -> str:
     """Of the names, dtypes, shapes and bits of all parameters and buffers that a state dict holds, in its order."""
@@ -88,5 +90,10 @@ def _add(digest: Any, text: str | None, value: Tensor | None) -> None:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode() + encoded)
     if value is not None and value.numel():
-        flat = value.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        add_bits(digest, value.detach().to("cpu"))
+
+
+def add_bits(digest: Any, value: Tensor) -> None:
+    """Add every bit of a tensor in memory to a digest."""
+    for part in value.contiguous().reshape(-1).view(torch.uint8).split(_CHUNK):
+        digest.update(part.clone().numpy().data)  # of a copy: memory that numpy has seen cannot be resized any more

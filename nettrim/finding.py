@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from nettrim import layers
-from nettrim.blockwise import HIDDEN, Call, Chain, NotBlocks, Stop, equal
+from nettrim.blockwise import HIDDEN, Call, Chain, NotBlocks, equal
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation, tensors_in
-from nettrim.errors import ArgumentError
+from nettrim.capture import Stop, evaluation, tensors_in
+from nettrim.errors import ArgumentError, CalibrationError
 
 _SAMPLED = 4096  # of a tensor's elements, where two are compared
 _ALIKE = 1e-3  # of the largest: a device may round the same block's sums in another order
@@ -43,9 +43,15 @@ def find(model: nn.Module, given: object, batches: list[Any], run: Run) -> Chain
         A name that the model does not have.
     """
     names, said = _by_structure(model) if given == "auto" else _by_name(model, given)
-    chain = _tried(model, names, said, batches[0], run)
-    for index, batch in enumerate(batches):
-        chain.calls(model, batch, index, run)
+    try:
+        chain = _tried(model, names, said, batches[0], run)
+        for index, batch in enumerate(batches):
+            chain.calls(model, batch, index, run)
+    except NotBlocks:
+        raise
+    except Exception as error:  # a model may do anything where its blocks are bypassed, or run alone; run whole it may be sound
+        cause = error.__cause__ if isinstance(error, CalibrationError) and error.__cause__ is not None else error
+        raise NotBlocks(f"run in parts, it fails ({type(cause).__name__}: {cause})") from error
     return chain
 
 

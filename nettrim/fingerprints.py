@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import nettrim
+from nettrim.digests import add_bits
 from nettrim.options import Options
 
 _HASH = "sha256 "
@@ -69,8 +69,7 @@ def _hash_tensors(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
         if tensor.numel():
-            plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-            found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+            add_bits(found, tensor.detach().resolve_conj().resolve_neg().cpu())
     return found.hexdigest()
 
 

@@ -61,7 +61,7 @@ def prune_folder(
     Raises
     ------
     ArgumentError
-        An argument is not as described, the files do not fit the network, or it is not made of blocks.
+        An argument is not as described, or the files do not fit the network.
     NetTrimError
         As of :func:`nettrim.prune`; nothing is left of ``out`` then.
     """

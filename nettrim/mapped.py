@@ -125,7 +125,8 @@ def network(factory: Callable[[], Any], named: dict[str, Tensor]) -> nn.Module:
     Raises
     ------
     ArgumentError
-        The factory makes no module, or the names, shapes or dtypes are not its own.
+        The factory makes no module, or the names or shapes are not its own, or there are integers in the place of floating-point numbers. Of these
+        the files say the dtype: a network that is made in float32 becomes one in bfloat16.
     """
     with without_weights():
         model = factory()
@@ -148,21 +149,31 @@ def network(factory: Callable[[], Any], named: dict[str, Tensor]) -> nn.Module:
         value = named[names[0]]
         expected = same[0][0]._parameters[same[0][1]]
         assert expected is not None
-        if value.shape != expected.shape:
-            raise ArgumentError(f"the files hold {names[0]!r} as {tuple(value.shape)}, and the network as {tuple(expected.shape)}; expected its own")
+        _require_alike(names[0], value, expected)
         made = nn.Parameter(value, requires_grad=False)
         for module, key, _ in same:
             module._parameters[key] = made
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for key, buffer in module._buffers.items():
             name = f"{prefix}.{key}".lstrip(".")
             if name in named:
                 used.add(name)
+                if buffer is not None:
+                    _require_alike(name, named[name], buffer)
                 module._buffers[key] = named[name].clone()
-            elif buffer is not None and buffer.is_meta:
-                raise ArgumentError(f"buffer {name!r} is made by torch.empty and is not in the files; expected the factory to fill it another way")
+    for name, left in model.named_buffers():
+        if left.is_meta:
+            raise ArgumentError(f"buffer {name!r} is made by torch.empty and is not in the files; expected the factory to fill it another way")
     unknown = sorted(named.keys() - used)
     if missing or unknown:
         parts = [f"{what} {', '.join(map(repr, names[:3]))}" for what, names in (("they lack", missing), ("the network has no", unknown)) if names]
         raise ArgumentError(f"the files do not fit the {type(model).__name__}: {'; '.join(parts)}; expected the weights of the same architecture")
     return model.eval()
+
+
+def _require_alike(name: str, value: Tensor, expected: Tensor) -> None:
+    """Of floating-point numbers the files say how wide they are; all else is the network's."""
+    floating = value.is_floating_point() and expected.is_floating_point()
+    if value.shape != expected.shape or not (floating or value.dtype == expected.dtype):
+        there, here = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, expected))
+        raise ArgumentError(f"the files hold {name!r} as {there}, and the network as {here}; expected its own")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -81,15 +81,15 @@ class Options:
         self._number("holdout", lambda value: 0 <= value < 1, "a share in [0, 1), 0 to keep no sample out")
         for name in ("max_rows", "max_iter", "neurons"):
             if getattr(self, name) is not None:
-                self._number(name, lambda value: isinstance(value, int) and value >= 1, "None or a whole number, at least 1")
-        self._number("reweight", lambda value: isinstance(value, int) and value >= 0, "a whole number, 0 for the papers' objective")
+                self._number(name, lambda value: isinstance(value, Integral) and int(value) >= 1, "None or a whole number, at least 1")
+        self._number("reweight", lambda value: isinstance(value, Integral) and int(value) >= 0, "a whole number, 0 for the papers' objective")
         if self.epsilon is None:
             for name, default in (("reweight", 0), ("bias_weight", 1.0), ("gamma", 1.1)):
                 if getattr(self, name) != default:
                     raise ArgumentError(f"{name}={getattr(self, name)!r} was given without epsilon; expected {default}: it belongs to budgets")
         if self.neurons is not None:
             self._check_neurons()
-        self._number("seed", lambda value: isinstance(value, int), "a whole number")
+        self._number("seed", lambda value: isinstance(value, Integral) and 0 <= int(value) < 2**63, "a whole number from 0 to 2**63 - 1")
         if self.kappa != 1 and (self.mode == "parallel" or isinstance(self.epsilon, Mapping)):
             where = "mode='parallel'" if self.mode == "parallel" else "a mapping of budgets"
             raise ArgumentError(f"kappa={self.kappa} tightens the last budget that gamma sets in a cascade; with {where}, give that layer its own")
@@ -107,10 +107,11 @@ class Options:
         return None if self.solver in ("auto", "topk_admm") else f"solver={self.solver!r}"
 
     def resolved(self) -> Options:
-        """With the penalty that ``"auto"`` stands for: ``"l0"``, or ``"l1"`` where something was asked for that only it has."""
-        if self.penalty != "auto":
-            return self
-        return dataclasses.replace(self, penalty="l0" if self._only_l1() is None else "l1")
+        """In plain numbers, and with the penalty that ``"auto"`` stands for: ``"l0"``, or ``"l1"`` where something was asked for that only it has."""
+        plain = dataclasses.replace(self, **{name: _plain(value) for name, value in vars(self).items()})
+        if plain.penalty != "auto":
+            return plain
+        return dataclasses.replace(plain, penalty="l0" if plain._only_l1() is None else "l1")
 
     def _check_goal(self) -> None:
         """What is asked for: a budget, or a number of zeros, and the options that belong to it."""
@@ -164,6 +165,15 @@ class Options:
             if isinstance(given, Mapping):
                 described[name] = {getattr(key, "__name__", key): value for key, value in given.items()}
         return described
+
+
+def _plain(value: Any) -> Any:
+    """A number of any library as Python's own, those of a mapping too; all else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_device(device: object) -> None:

@@ -19,7 +19,7 @@ from nettrim import calibration as calibrations
 from nettrim.accumulation import accumulated
 from nettrim.blockwise import Chain
 from nettrim.budgets import Budget
-from nettrim.certificate import Apart, certify, make_promise, network_bound, output_norm, stored_discrepancy
+from nettrim.certificate import Apart, certify, make_promise, network_bound, output_norm, share, stored_discrepancy
 from nettrim.checkpoints import Checkpoint, Record
 from nettrim.errors import ArgumentError, ConvergenceError, InfeasibleError, NetTrimError, RouteError
 from nettrim.goals import Goals, Measured, set_goals
@@ -33,7 +33,7 @@ from nettrim.selection import Pattern
 from nettrim.solvers import Solution, cg_admm
 from nettrim.stages import Stage
 from nettrim.storing import Stored, store
-from nettrim.tracing import Trace, TracedLayer
+from nettrim.tracing import Trace, TracedLayer, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def execute(task: Task, options: Options) -> PruneResult:
             rows = stage.kept_out(layer, cascade=cascade)
         except RouteError:  # nothing was promised of the samples kept out
             return None
-        return _share(stored_discrepancy(layer.of(stage.pruned), rows), output_norm(rows))
+        return share(stored_discrepancy(layer.of(stage.pruned), rows), output_norm(rows))
 
     def finish(seen: Layer, budget: Budget, solution: Solution) -> None:
         nonlocal last_done
@@ -164,6 +164,8 @@ def execute(task: Task, options: Options) -> PruneResult:
     if options.recalibrate_batchnorm:
         batchnorm.recalibrate(pruned, solve_on, run)
         why_not = "the BatchNorms' statistics were estimated again, and the layers' promises are about those before"
+    elif why_not is None:  # values may decide what runs
+        why_not = traced.unlike(trace(pruned, solve_on, run))
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
     parts = [part for part in (solve_on, keep_out) if part]
     outputs: list[tuple[Tensor, Tensor] | Apart]
@@ -217,11 +219,6 @@ def _failure(name: str, stored: Stored) -> NetTrimError:
     return kind(f"layer {name!r}: {stored.failure}. The model is unchanged; on_failure='keep_dense' would keep this layer dense and go on")
 
 
-def _share(discrepancy: float, norm: float) -> float:
-    """A discrepancy relative to the norm of what it is about."""
-    return discrepancy / norm if norm > 0 else 0.0 if discrepancy == 0 else math.inf
-
-
 def _gap(record: Record) -> float:
     return math.inf if record.report is None else record.report.gap
 
@@ -240,7 +237,7 @@ def _record(matrix: Matrix, seen: Layer, budget: Budget, stored: Stored, seconds
 def _layer_report(matrix: Matrix, seen: Layer, stored: Stored, norm: float, holdout: float | None) -> LayerReport:
     weights = matrix.weights()
     nonzeros = int((weights != 0).sum())
-    relative = _share(stored.discrepancy, norm)
+    relative = share(stored.discrepancy, norm)
     solution = stored.solution
     return LayerReport(
         name=seen.name,

@@ -37,14 +37,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nettrim import program_checks
 from nettrim.duality import best_bound
 from nettrim.errors import ArgumentError
 from nettrim.grams import Moments
 from nettrim.patterns import Supports, make_supports
 from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
-
-_SMALLEST, _LARGEST = 1e-150, 1e150
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +71,7 @@ class LayerProgram:
     metric : Tensor or ndarray, (M, M) or (M,), optional
         Of ``nonzeros`` programs without a ReLU: ``S``, symmetric and positive semidefinite (or its diagonal), which weighs errors of the outputs
         against each other: the misfit is ``Σ_p d_pᵀ S d_p``, with ``d_p`` the rows of ``D``.
-    support : Tensor, (M, N) bool, optional
+    support : Tensor or ndarray, (M, N) bool, optional
         Of ``nonzeros`` and ``"l0"`` programs: the only weights that may be kept.
     activation : {"relu", None}
         What follows the layer.
@@ -136,59 +135,23 @@ class LayerProgram:
             raise ArgumentError("ceiling was given with consistency='paper'; expected 'relaxed': the papers' set is the ReLU's")
         floor = None if self.floor is None else as_rows(self.floor, "floor")
         rows = Rows(self.inputs, self.targets, self.upper, floor=floor if floor is not None else torch.zeros(1) if self.relu else None)
-        if floor is not None:
-            floor = floor.to(rows.device, rows.dtype)
-            if floor.shape != (rows.outputs,):
-                raise ArgumentError(f"floor has shape {tuple(floor.shape)}; expected ({rows.outputs},), one for each neuron")
-        put("floor", floor)
+        put("floor", None if floor is None else program_checks.floor(floor, rows))
         put("_rows", rows)
-        put("ceiling", self._check_ceiling())
+        put("ceiling", None if self.ceiling is None else program_checks.ceiling(self.ceiling, self.floor, rows))
         put("upper", rows.upper)
         for name in ("inputs", "targets"):
             if getattr(rows, name) is not None:
                 put(name, getattr(rows, name))
-        put("l1_weights", self._expand_l1_weights())
+        put("l1_weights", program_checks.l1_weights(self.l1_weights, rows))
         put("supports", self._make_supports())
 
     def _check_level(self) -> None:
-        given = [name for name in ("epsilon", "regularization", "nonzeros") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ArgumentError(
-                f"{' and '.join(given) or 'nothing'} given; expected exactly one of epsilon (a budget), regularization (a penalty) and nonzeros"
-            )
+        program_checks.one_level(self.epsilon, self.regularization, self.nonzeros)
         if self.penalty == "l0" and self.regularization is not None:
             raise ArgumentError("penalty='l0' was given with regularization; expected it with epsilon or nonzeros")
-        for name, smallest in (("epsilon", 0.0), ("regularization", None)):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            value = float(value)
-            if not math.isfinite(value) or (value < 0 if smallest == 0.0 else value <= 0):
-                raise ArgumentError(f"{name}={value}; expected a finite number {'at least' if smallest == 0.0 else 'above'} 0")
-            if value != 0 and not _SMALLEST <= value <= _LARGEST:
-                raise ArgumentError(f"{name}={value}; expected one whose square float64 holds, from {_SMALLEST:g} to {_LARGEST:g}: scale the data")
-            object.__setattr__(self, name, value)
-
-    def _check_ceiling(self) -> Tensor | None:
-        if self.ceiling is None:
-            return None
-        ceiling = as_rows(self.ceiling, "ceiling").to(self._rows.device, self._rows.dtype)
-        if ceiling.shape != (self._rows.outputs,) or bool((ceiling <= (0 if self.floor is None else self.floor)).any()):
-            raise ArgumentError(f"ceiling has shape {tuple(ceiling.shape)}; expected ({self._rows.outputs},), one for each neuron, above its floor")
-        if any(bool((Y > ceiling).any()) for _, Y, _ in self._rows.target_chunks(self._rows.dtype)):
-            raise ArgumentError("targets hold numbers above the ceiling; expected outputs after the activation")
-        return ceiling
-
-    def _expand_l1_weights(self) -> Tensor:
-        given = 1.0 if self.l1_weights is None else self.l1_weights
-        M, N = self.shape
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        omega = torch.full((N,), float(given)).to(like) if isinstance(given, (int, float)) else as_rows(given, "l1_weights", like)
-        if omega.shape not in ((N,), (M, N)):
-            raise ArgumentError(f"l1_weights have shape {tuple(omega.shape)}; expected a number, ({N},) or ({M}, {N})")
-        if bool((omega < 0).any()):
-            raise ArgumentError("l1_weights hold negative numbers; the objective would not be convex")
-        return omega
+        for name in ("epsilon", "regularization"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, program_checks.level(name, getattr(self, name)))
 
     def _make_supports(self) -> Supports | None:
         """The supports that may be kept; None for the convex programs."""
@@ -205,22 +168,11 @@ class LayerProgram:
         if omega.ndim == 2:
             raise ArgumentError("l1_weights of shape (M, N) were given with nonzeros or penalty='l0'; expected (N,), 0 for columns that don't count")
         if self.metric is not None:
-            object.__setattr__(self, "metric", self._check_metric(omega))
-        if self.support is not None and (self.support.dtype != torch.bool or tuple(self.support.shape) != self.shape):
-            raise ArgumentError(f"support is {self.support.dtype} {tuple(self.support.shape)}; expected torch.bool {self.shape}")
+            if self.nonzeros is None or self.relu:
+                raise ArgumentError("metric was given with a budget or a ReLU; it belongs to programs with nonzeros and activation=None")
+            object.__setattr__(self, "metric", program_checks.metric(self.metric, self.shape[0], omega))
+        object.__setattr__(self, "support", program_checks.support(self.support, self.shape))
         return make_supports(self.pattern, self.nonzeros, omega > 0, self.shape, self.support)
-
-    def _check_metric(self, like: Tensor) -> Tensor:
-        if self.nonzeros is None or self.relu:
-            raise ArgumentError("metric was given with a budget or a ReLU; it belongs to programs with nonzeros and activation=None")
-        M = self.shape[0]
-        metric = as_rows(self.metric, "metric", like)
-        if metric.shape not in ((M,), (M, M)):
-            raise ArgumentError(f"metric has shape {tuple(metric.shape)}; expected ({M}, {M}) or ({M},)")
-        diagonal = metric if metric.ndim == 1 else metric.diagonal()
-        if not bool((diagonal > 0).all()) or (metric.ndim == 2 and not torch.allclose(metric, metric.T, rtol=1e-5)):
-            raise ArgumentError("metric is no inner product; expected a symmetric positive semidefinite matrix with a positive diagonal")
-        return metric
 
     # -- what the program is ---------------------------------------------------------------------------------------------------
 

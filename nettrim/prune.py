@@ -207,7 +207,7 @@ def prune(
     ignore = selection.listed(ignore, "ignore")
     run = calibrations.runner(forward_fn)
     found = calibrations.batches(calibration)
-    solve_on, keep_out = calibrations.split(found, holdout, seed)
+    solve_on, keep_out = calibrations.split(found, options.holdout, options.seed)
     before = Before(model)
     try:
         traced = trace(model, solve_on, run)

@@ -6,10 +6,12 @@ it does not run: so the whole call keeps a second record, and goes by it once th
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from nettrim.buffers import Buffers
 from nettrim.errors import NetTrimError
 from nettrim.sharing import thread_count, turn
 
@@ -35,12 +37,7 @@ class Before:
         with turn():
             self._modules = [(module, module.training, [dict(getattr(module, kind)) for kind in _HOOKS]) for module in model.modules()]
             self._forwards = [(module, vars(module).get("forward")) for module in model.modules()]  # a stub takes a block's place meanwhile
-            self._buffers = [
-                (module, name, buffer, buffer.clone())
-                for module, _, _ in self._modules
-                for name, buffer in module.named_buffers(recurse=False)
-                if not is_lazy(buffer)
-            ]
+            self._buffers = Buffers(model.modules())
             self._parameters = [(name, value, value.requires_grad, value._version) for name, value in model.named_parameters()]
             self._fused = torch.backends.mha.get_fastpath_enabled()
         self._gradients, self._threads = torch.is_grad_enabled(), thread_count()
@@ -65,28 +62,37 @@ class Before:
         self._weights = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters()]
 
     def put_back(self) -> None:
-        """Make the model what it was."""
-        with turn(), torch.no_grad():
-            torch.backends.mha.set_fastpath_enabled(self._fused)
-            for parameter, value in self._weights:
-                parameter.copy_(value)
-            for _, parameter, wanted, _ in self._parameters:
-                parameter.requires_grad_(wanted)
-            for module, forward in self._forwards:
-                if forward is None:
-                    vars(module).pop("forward", None)
-                else:
-                    module.forward = forward
-            for module, training, hooks in self._modules:
-                module.training = training
-                for kind, kept in zip(_HOOKS, hooks, strict=True):
-                    found = getattr(module, kind)
-                    if found.keys() != kept.keys():
-                        found.clear()
-                        found.update(kept)
-            for module, name, buffer, value in self._buffers:
-                buffer.copy_(value)
-                setattr(module, name, buffer)
+        """Make the model what it was; a step that fails keeps none of the others from being done."""
+        with ExitStack() as stack:
+            stack.callback(self._put_back_switches)
+            with turn(), torch.no_grad(), ExitStack() as steps:  # the last is done first
+                for step in (self._buffers.put_back, self._put_back_modules, self._put_back_forwards, self._put_back_parameters):
+                    steps.callback(step)
+
+    def _put_back_parameters(self) -> None:
+        for parameter, value in self._weights:
+            parameter.copy_(value)
+        for _, parameter, wanted, _ in self._parameters:
+            parameter.requires_grad_(wanted)
+
+    def _put_back_forwards(self) -> None:
+        for module, forward in self._forwards:
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+    def _put_back_modules(self) -> None:
+        for module, training, hooks in self._modules:
+            module.training = training
+            for kind, kept in zip(_HOOKS, hooks, strict=True):
+                found = getattr(module, kind)
+                if found.keys() != kept.keys():
+                    found.clear()
+                    found.update(kept)
+
+    def _put_back_switches(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fused)
         torch.set_grad_enabled(self._gradients)
         if thread_count() != self._threads:
             torch.set_num_threads(self._threads)

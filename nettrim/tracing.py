@@ -70,6 +70,12 @@ class TracedLayer:
         """The same matrix of a copy of the model."""
         return self.matrix.of(model.get_submodule(self.module_name))
 
+    def runs_as(self, other: TracedLayer) -> bool:
+        """Whether a layer of a copy of the network has the same name, as many rows, and the same behind it."""
+        if (self.norm is None) != (other.norm is None) or not (self.norm is None or other.norm is None or self.norm.same_as(other.norm)):
+            return False
+        return (self.name, self.rows, self.spread, self.function) == (other.name, other.rows, other.spread, other.function)
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -92,6 +98,18 @@ class Trace:
     skipped: dict[str, str]
     chain: bool
     not_chain_reason: str | None
+
+    def unlike(self, pruned: Trace) -> str | None:
+        """Why what follows from this network's chain says nothing of the pruned one, whose trace is given; None where it runs alike."""
+        if self.not_chain_reason is not None:
+            return self.not_chain_reason
+        ours, theirs = ({layer.name: layer for layer in found.layers} for found in (self, pruned))
+        for name in ours | theirs:
+            if name not in ours or name not in theirs or not ours[name].runs_as(theirs[name]):
+                return f"layer {name!r} does not run alike in the pruned network"
+        if list(ours) != list(theirs):
+            return "the layers run in another order in the pruned network"
+        return None if pruned.not_chain_reason is None else f"in the pruned network, {pruned.not_chain_reason}"
 
 
 def trace(model: nn.Module, batches: list[Any], run: Run) -> Trace:

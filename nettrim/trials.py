@@ -53,7 +53,8 @@ def _within(task: Task, options: Options, budget: float) -> PruneResult:
     low, high = (math.log(_SMALLEST), math.nan), (math.log(_LARGEST), math.nan)  # log density, log of discrepancy over budget
     x = math.log(_FIRST_DENSITY)
     for _ in range(_TRIALS):
-        result = at(math.exp(x))
+        tried = x
+        result = at(math.exp(tried))
         excess = math.log(max(result.report.certificate.relative_measured, 1e-300) / budget)
         if excess <= 0:
             best, high = result, (x, excess)
@@ -68,8 +69,8 @@ def _within(task: Task, options: Options, budget: float) -> PruneResult:
             x = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
     if best is None:
         raise InfeasibleError(
-            f"budget={budget}: at a sparsity of {1 - math.exp(x):.3g} the output is still off by {budget * math.exp(excess):.3g}; expected a budget "
-            "that leaves something to prune: raise it. The model is unchanged"
+            f"budget={budget}: at a sparsity of {1 - math.exp(tried):.3g} the output is still off by {budget * math.exp(excess):.3g}; "
+            "expected a budget that leaves something to prune: raise it. The model is unchanged"
         )
     options_used = {**best.report.options, "budget": budget}
     return dataclasses.replace(best, report=dataclasses.replace(best.report, options=options_used))

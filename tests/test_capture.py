@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import nettrim
 from nettrim import calibration, capture, layers
 from nettrim.errors import CalibrationError
 
@@ -108,6 +109,24 @@ def test_nan_names_the_layer_and_the_batch(where: str) -> None:
     with pytest.raises(CalibrationError, match=rf"the {where} of layer 'fc' holds .* batch 1"):
         capture.rows(model, batches, RUN, model.fc)
     assert hook_counts(model) == [0] * 3
+
+
+def test_nan_in_a_later_call_of_a_cell_names_the_cell_and_the_batch() -> None:
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = nn.RNNCell(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(len(x), 4)
+            for t in range(x.shape[1]):
+                h = self.cell(x[:, t], h)
+            return self.out(torch.nan_to_num(h))
+
+    batches = [torch.randn(5, 4, 3), torch.randn(5, 4, 3)]
+    batches[1][2, 3, 0] = float("nan")  # in the last of four calls
+    with pytest.raises(CalibrationError, match=r"the input of layer 'cell.weight_ih' holds \d+ NaN or infinite value\(s\) .* in calibration batch 1"):
+        nettrim.prune(Cells(), batches, epsilon=0.1, holdout=0)
 
 
 def test_a_layer_that_does_not_run_is_named() -> None:

@@ -132,6 +132,50 @@ class TestCommand:
         result = nettrim("prune", tmp_path / "net.pt2", "--calibration", tmp_path / "uneven.npz", *options, "--force")
         assert result.exit_code == 1 and "different numbers of samples ({'x': 60, 'shift': 59})" in result.stderr
 
+    @pytest.mark.parametrize("form", ("a dictionary", "a number beside it", "None beside it", "by keyword, in another order"))
+    def test_inputs_that_are_nested_or_constant(self, form, tmp_path):
+        class Odd(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = chain(8, 12, 4)
+
+            def forward(self, x, other=None, *, first=None, second=None):
+                h = self.body(x["inner"][0] if isinstance(x, dict) else x) * (other if isinstance(other, int) else 1)
+                return h if first is None else h * first - second
+
+        one, many = samples(3, 8), {0: Dim.AUTO}
+        keywords = {"second": samples(3, 1), "first": samples(3, 1)}
+        args, kwargs, shapes = {
+            "a dictionary": (({"inner": [one]},), {}, {"x": {"inner": [many]}}),
+            "a number beside it": ((one, 3), {}, {"x": many, "other": None}),
+            "None beside it": ((one, None), {}, {"x": many, "other": None}),
+            "by keyword, in another order": ((one,), keywords, {"x": many, "second": many, "first": many}),
+        }[form]
+        model = Odd().eval()
+        save_program(export(model, args, kwargs, dynamic_shapes=shapes), tmp_path / "net.pt2")
+        source, x = Exported(tmp_path / "net.pt2"), samples(60, 8)
+        more = {name: samples(60, 1, seed) for seed, name in enumerate(keywords)} if kwargs else {}
+        expected = model({"inner": [x]} if form == "a dictionary" else x, *args[1:], **more)
+        batches = source.from_arrays({next(iter(source.inputs)): x, **more})
+        assert torch.equal(torch.cat([source.forward_fn(source.model, batch) for batch in batches]), expected)
+        result = package.prune(source.model, batches, epsilon=0.3, forward_fn=source.forward_fn)
+        assert result.report.certificate.holds and [layer.rows for layer in result.report.layers] == [54, 54]
+
+    def test_what_has_no_dimension_for_samples(self, tmp_path):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = nn.Linear(8, 4)
+
+            def forward(self, x, scale):
+                return self.body(x) * scale
+
+        save_program(export(Scaled(), (samples(3, 8), torch.tensor(2.0))), tmp_path / "scaled.pt2")
+        with pytest.raises(ArgumentError, match="takes scale, a tensor without dimensions; expected samples along the first dimension"):
+            Exported(tmp_path / "scaled.pt2")
+        with pytest.raises(ArgumentError, match="the array 'input' is a single number; expected samples"):
+            Exported(program(tmp_path, chain(8, 4), samples(3, 8))).from_arrays({"x": torch.tensor(1.0)})
+
     def test_a_file_that_is_no_program(self, tmp_path):
         (tmp_path / "net.pt2").write_bytes(b"PK\x03\x04 nothing")
         for path in (tmp_path / "net.pt2", tmp_path / "gone.pt2"):

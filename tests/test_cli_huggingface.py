@@ -140,6 +140,29 @@ class TestImages:
         assert torch.equal(scaled, (plain[0]["pixel_values"] - mean) / std)
         assert source.completed(Reading()).image_size == (16, 8)
 
+    @pytest.mark.parametrize(
+        ("says", "size"),
+        [({"do_center_crop": True, "crop_size": {"height": 16, "width": 8}, "size": {"height": 24, "width": 24}}, (16, 8)),
+         ({"crop_size": 16, "size": {"shortest_edge": 24}}, (16, 16)),
+         ({"do_center_crop": False, "crop_size": 8, "size": 16}, (16, 16)),
+         ({"do_center_crop": True, "size": 16}, (16, 16)),
+         ({}, (16, 16))],
+    )  # fmt: skip
+    def test_what_is_left_of_a_center_crop_is_the_size(self, made, tmp_path, says, size):
+        source = HuggingFace(made / "vit")
+        source.place = tmp_path
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
+        assert source.completed(Reading()).image_size == size
+
+    def test_pixels_that_the_processor_does_not_normalise_are_not(self, made, tmp_path):
+        source = HuggingFace(made / "vit")
+        source.place = tmp_path
+        means = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+        for says, expected in ((means, (0.5,) * 3), ({**means, "do_normalize": True}, (0.5,) * 3), ({**means, "do_normalize": False}, None)):
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
+            found = source.completed(Reading())
+            assert (found.image_mean, found.image_std) == (expected, expected and (0.25,) * 3)
+
 
 class TestRefusals:
     def refused(self, tmp_path, *arguments) -> str:

@@ -43,7 +43,7 @@ def test_the_judge_sees_what_is_not_put_back(monkeypatch: pytest.MonkeyPatch) ->
     call = "cascade, in place"
     places = soak_faults.places(call)
     complaints = []
-    for text in ("module.training = training", "buffer.copy_(before)", "return result"):
+    for text in ("module.training = training", "buffer.copy_(value)", "return result"):
         index = next(index for index, place in enumerate(places) if text in linecache.getline(str(soak_faults.PACKAGE / place[0]), place[1]))
         complaints.append(" ".join(soak_faults.inject(call, index, KeyboardInterrupt)))
     torch.backends.mha.set_fastpath_enabled(True)

@@ -176,7 +176,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         prune_folder(source, tmp_path / "pruned", DATA, factory=Decoder, sparsity=0.5)
     with pytest.raises(ArgumentError, match="the network has no 'blocks.1"):
         prune_folder(source, tmp_path / "pruned", DATA, factory=lambda: Decoder(1), sparsity=0.5)
-    with pytest.raises(ArgumentError, match=r"as \(23, 12\), and the network as \(23, 8\)"):
+    with pytest.raises(ArgumentError, match=r"as torch.float32 \(23, 12\), and the network as torch.float32 \(23, 8\)"):
         prune_folder(source, tmp_path / "pruned", DATA, factory=lambda: Decoder(2, width=8), sparsity=0.5)
     with pytest.raises(ArgumentError, match=r"returned a int; expected a torch.nn.Module"):
         mapped.network(lambda: 3, {})
@@ -197,6 +197,35 @@ def test_a_buffer_that_nobody_filled_is_refused(tmp_path: Path) -> None:
         mapped.network(Counting, dict(nn.Linear(3, 3).state_dict()))
     kept = mapped.network(lambda: nn.BatchNorm1d(3), {**nn.BatchNorm1d(3).state_dict(), "running_mean": torch.ones(3)})
     assert kept.running_mean.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    (("bias", torch.zeros(3, dtype=torch.int64), r"'0.bias' as torch.int64 \(3,\), and the network as torch.float32 \(3,\)"),
+     ("running_mean", torch.ones(7), r"'1.running_mean' as torch.float32 \(7,\), and the network as torch.float32 \(3,\)"),
+     ("num_batches_tracked", torch.tensor(1.0), r"'1.num_batches_tracked' as torch.float32 \(\), and the network as torch.int64 \(\)")),
+)  # fmt: skip
+def test_numbers_of_another_kind_and_buffers_of_another_shape_are_refused(name: str, value: torch.Tensor, said: str) -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+    state = {key: value if key.endswith(name) else old for key, old in made().state_dict().items()}
+    with pytest.raises(ArgumentError, match=said):
+        mapped.network(made, state)
+
+
+def test_a_module_with_two_names_has_its_buffers_from_either() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            norm = nn.BatchNorm1d(3)
+            self.a, self.b = nn.Sequential(nn.Linear(3, 3), norm), nn.Sequential(nn.Linear(3, 3), norm)
+
+    state = Twice().state_dict()
+    state["a.1.running_mean"] = state["b.1.running_mean"] = torch.arange(3.0)
+    for names in (list(state), [name for name in state if not name.startswith("b.1")], [name for name in state if not name.startswith("a.1")]):
+        network = mapped.network(Twice, {name: state[name] for name in names})
+        assert network.a[1] is network.b[1] and network.a[1].running_mean.tolist() == [0, 1, 2]
 
 
 def test_damaged_and_double_files_are_refused(tmp_path: Path) -> None:

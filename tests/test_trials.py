@@ -7,7 +7,7 @@ import torch
 from networks import chain, samples, state_of
 
 import nettrim
-from nettrim import ArgumentError, InfeasibleError
+from nettrim import ArgumentError, InfeasibleError, trials
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "neuron"])
@@ -39,6 +39,16 @@ def test_a_budget_that_nothing_keeps_is_an_error_and_the_model_is_as_it_was(digi
     with pytest.raises(InfeasibleError, match="budget=1e-09.*raise it"):
         nettrim.prune(model, calibration, budget=1e-9, inplace=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_error_names_the_last_sparsity_that_was_tried(digits_network, monkeypatch):
+    model, calibration, _, _ = digits_network
+    tried = []
+    once = trials.once
+    monkeypatch.setattr(trials, "once", lambda task, options: (tried.append(options.sparsity), once(task, options))[1])
+    with pytest.raises(InfeasibleError) as caught:
+        nettrim.prune(model, calibration, budget=1e-9)
+    assert f"at a sparsity of {tried[-1]:.3g} the output is still off" in str(caught.value)
 
 
 def test_repair_is_chosen_on_the_samples_kept_out(digits_network):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from nettrim.checking.behind import Behind
@@ -268,7 +269,8 @@ def _passed(link: Link, output: float) -> tuple[Size, float]:
     constant = np.zeros(M) if bias is None else numbers(bias)
     if behind.scale is not None:
         constant = constant * behind.scale + behind.shift
-    shift = math.sqrt(link.rows) * float(np.linalg.norm(constant))
-    sums = output * link.spread * float(np.linalg.norm(behind.folded(numbers(matrix.weights())))) + shift
+    shift = behind.lipschitz * math.sqrt(link.rows) * float(np.linalg.norm(constant))
+    sums = behind.lipschitz * output * link.spread * float(np.linalg.norm(behind.folded(numbers(matrix.weights())))) + shift
     size = Size(0.0, sums, link.rows * M, N + matrix.has_bias, str(matrix.weight.dtype))
-    return size, output * link.reach(matrix) + shift
+    at_zero = math.sqrt(link.rows * M) * float(abs(behind.function(torch.zeros(1, dtype=torch.float64)))) if behind.function is not None else 0.0
+    return size, output * link.reach(matrix) + shift + at_zero

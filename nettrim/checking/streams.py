@@ -194,21 +194,24 @@ class LayerPair:
         """What the layer was given, as its kind keeps it."""
         return numbers(self.dense.kind.inputs(self.dense.module, self.dense.part, layers.Call(call.args, call.kwargs, call.output)))
 
-    def add(self, call: Call, seen: Call, repair: float, *, parallel: bool, keep: Array | None) -> None:
-        """Add one batch: the ``call`` in the dense network and that ``seen`` in the pruned one; ``keep`` says which of its rows were drawn."""
+    def add(self, call: Call, seen: Call | None, repair: float, *, parallel: bool, keep: Array | None) -> None:
+        """Add one batch: the ``call`` in the dense network and that ``seen`` in the pruned one; ``keep`` says which of its rows were drawn.
+
+        In parallel mode ``seen`` may be None: the pruned network may take another way.
+        """
         found, behind = self.measured, self.behind
-        source = call if parallel else seen
-        if not parallel:
+        source = call if parallel or seen is None else seen
+        if not parallel and seen is not None:
             ours, theirs = self.given(call), self.given(seen)
             found.input_difference += _square(theirs - ours) if ours.shape == theirs.shape else math.inf
             found.input_square += _square(ours)
         # copies in float64, made anew for every batch: kept ones would hold the network three times
         exact_dense, exact_pruned = _exact(self.dense.module), _exact(self.pruned.module)
-        before, after = self.rows(call), self.rows(seen)
-        whole = [behind.output(before), behind.output(after)]
-        found.through += _square(whole[1] - whole[0]) if whole[0].shape == whole[1].shape else math.inf
-        found.through_square += _square(whole[0])
-        output = self.rows(source, source.through(self.pruned.module)) if parallel else after
+        before, after = self.rows(call), None if seen is None else self.rows(seen)
+        whole, other = behind.output(before), None if after is None else behind.output(after)
+        found.through += _square(other - whole) if other is not None and whole.shape == other.shape else math.inf
+        found.through_square += _square(whole)
+        output = self.rows(source, source.through(self.pruned.module)) if parallel or after is None else after
         V, Z = (self.rows(source, source.through(exact, torch.float64)) for exact in (exact_dense, exact_pruned))
         sums = self.rows(source, source.through(_larger(exact_dense, exact_pruned), torch.float64, absolute=True))
         everything = (before, output, V, Z, behind.lipschitz * np.abs(sums))

@@ -18,10 +18,10 @@ from nettrim.checking.behind import Array, Behind
 from nettrim.checking.bound import Bound, Problem, bound
 from nettrim.checking.promises import EPS, Asked, Budget, Link, budget, network_bound, size_of
 from nettrim.checking.results import Check, compare, decide
-from nettrim.checking.streams import LayerPair, Measured, Outputs, numbers, pass_over
+from nettrim.checking.streams import Call, LayerPair, Measured, Outputs, numbers, pass_over
 from nettrim.report import LayerReport, Report
 from nettrim.sensitivity import output_metrics
-from nettrim.tracing import Trace, TracedLayer
+from nettrim.tracing import Trace, TracedLayer, trace
 
 _ALIKE = 1e-6  # of squares: two ways to compute a misfit in float64
 _CANCELLING = 10.0
@@ -62,6 +62,8 @@ class Work:
         """Why a layer's figures cannot be computed again here, or None."""
         if name not in self.by_name:
             return "it did not run"
+        if (reason := self.by_name[name].skip_reason) is not None:
+            return reason
         matrix = self.matrices[name]
         kind = type(matrix.module).__name__
         if not matrix.kind.observed or matrix.part.label:
@@ -110,14 +112,24 @@ class Work:
         start = dict.fromkeys(names, 0)
         for ours, theirs, dense_output, pruned_output in pass_over(self.dense, self.pruned, names, self.batches, self.run):
             for name in names:
+                if name not in self.pairs:
+                    continue
+                if not self._alike(ours[name], theirs.get(name)):
+                    self.unchecked[name] = "it does not run alike in the pruned network"
+                    del self.pairs[name]
+                    continue
                 keep = None
                 if name in self.rows_drawn:
                     count = len(self.pairs[name].rows(ours[name]))
                     drawn = self.rows_drawn[name]
                     keep = drawn[(drawn >= start[name]) & (drawn < start[name] + count)] - start[name]
                     start[name] += count
-                yield name, ours[name], theirs[name], keep
+                yield name, ours[name], theirs.get(name), keep
             yield None, dense_output, pruned_output, None
+
+    def _alike(self, call: Call, seen: Call | None) -> bool:
+        """Whether a call in the dense network and that in the pruned one can be compared; in parallel mode nothing but the former is needed."""
+        return self.asked.mode == "parallel" or (seen is not None and seen.output.shape == call.output.shape)
 
     def measure(self) -> Outputs:
         """Run everything once (twice where rows are drawn: their number is needed first), and sum it up."""
@@ -128,7 +140,7 @@ class Work:
                 if name is not None:
                     totals[name] += len(self.pairs[name].rows(call))
             for name, total in totals.items():
-                if self.asked.max_rows < total:
+                if name in self.pairs and self.asked.max_rows < total:
                     chosen = np.random.default_rng(self.asked.seed).choice(total, self.asked.max_rows, replace=False)
                     self.rows_drawn[name] = np.sort(chosen)
                     self.pairs[name] = dataclasses.replace(self.pairs[name], drawn=Measured())
@@ -151,10 +163,10 @@ class Work:
         for ours, theirs, dense_output, pruned_output in pass_over(self.dense, self.pruned, list(pairs), batches, self.run):
             outputs.add(dense_output, pruned_output)
             for name in list(pairs):
-                if name not in ours or name not in theirs or ours[name].output.shape != theirs[name].output.shape:
+                if name not in ours or not self._alike(ours[name], theirs.get(name)):
                     del pairs[name]
                     continue
-                pairs[name].add(ours[name], theirs[name], 1.0, parallel=self.asked.mode == "parallel", keep=None)
+                pairs[name].add(ours[name], theirs.get(name), 1.0, parallel=self.asked.mode == "parallel", keep=None)
         return pairs, outputs
 
     def final_outputs(self, batches: list[Any]) -> Outputs:
@@ -255,7 +267,11 @@ class Work:
 
     def _guaranteed(self, outputs: Outputs, slack: float) -> Iterator[Check]:
         certificate = self.report.certificate
-        why_not = "the BatchNorms' statistics were estimated again" if self.asked.recalibrate_batchnorm else self.traced.not_chain_reason
+        why_not = self.traced.not_chain_reason
+        if self.asked.recalibrate_batchnorm:
+            why_not = "the BatchNorms' statistics were estimated again"
+        elif why_not is None:
+            why_not = self.traced.unlike(trace(self.pruned, self.batches, self.run))
         if why_not is not None or certificate.guaranteed is None:
             same = (why_not is None) == (certificate.guaranteed is not None)
             yield decide("network", "guaranteed", same, certificate.guaranteed, None, why_not or "the layers are a chain: there is a bound")

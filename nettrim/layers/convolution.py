@@ -61,7 +61,7 @@ class Convolutional(Kind):
 
     def spread(self, module: nn.Module, part: Part, call: Call) -> float:
         """Rows pick entries of the input, so their number of each is all that there is to their spectral norm."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             one = torch.ones_like(_batched(module, call.argument(module))[:1], dtype=torch.float64, requires_grad=True)
             rows = self.unfold(module, part, self.inputs(module, part, Call((one,), {}, _batched(module, call.out)[:1])))
             (times,) = torch.autograd.grad(rows.sum(), one)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind
+from torch.utils._pytree import tree_unflatten
 
 from nettrim.calibration import SAMPLES_PER_CHUNK, sample_count
 from nettrim.errors import ArgumentError, CalibrationError
@@ -30,7 +32,7 @@ class Exported(Source):
         self.files = [self.place]
         program = read_program(self.place)
         self.inputs = _inputs(program)
-        self.keywords = program.call_spec.in_spec.child(1).context or [] if program.call_spec.in_spec else []
+        self.leaves, self.form = _leaves(program), program.call_spec.in_spec
         first = next((value.shape[0] for value in self.inputs.values() if value.dim()), None)
         self.fixed_batch = first if isinstance(first, int) else None
         self.forward_fn = self._run
@@ -41,7 +43,10 @@ class Exported(Source):
         named = {next(iter(self.inputs)): found} if isinstance(found, Tensor) else found
         if named.keys() != self.inputs.keys():
             raise CalibrationError(f"the program takes {', '.join(self.inputs)}, and the arrays are {', '.join(named)}; expected the same names")
-        counts = {name: len(value) if value.dim() else 0 for name, value in named.items()}
+        single = next((name for name, value in named.items() if not value.dim()), None)
+        if single is not None:
+            raise CalibrationError(f"the array {single!r} is a single number; expected samples along the first dimension")
+        counts = {name: len(value) for name, value in named.items()}
         if len(set(counts.values())) > 1:
             raise CalibrationError(f"the arrays hold different numbers of samples ({counts}); expected one number, along the first dimension")
         size = self.fixed_batch or SAMPLES_PER_CHUNK
@@ -57,8 +62,9 @@ class Exported(Source):
                 f"the program was exported for {self.fixed_batch} samples at a time, and a batch has {sample_count(batch)}; export it with a dynamic "
                 "first dimension (torch.export's dynamic_shapes), or give a multiple of them with --holdout 0"
             )
-        keywords = {name: batch[name] for name in self.keywords}
-        return model(*(value for name, value in batch.items() if name not in keywords), **keywords)
+        values = [constant if name is None else batch[name] for name, constant in self.leaves]
+        args, keywords = tree_unflatten(values, self.form)
+        return model(*args, **keywords)
 
     def write(self, pruned: nn.Module, place: Path) -> None:
         super().write(pruned, place)
@@ -169,11 +175,20 @@ def _inputs(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
     Raises
     ------
     ArgumentError
-        One is no tensor.
+        One is no tensor, or has no dimension for samples.
     """
     wanted = set(program.graph_signature.user_inputs)
     found = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted}
     others = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if others or not found:
         raise ArgumentError(f"the program takes {others[0] if others else 'nothing'}, which is no tensor; expected one that is called with tensors")
+    single = next((name for name, value in found.items() if not value.dim()), None)
+    if single is not None:
+        raise ArgumentError(f"the program takes {single}, a tensor without dimensions; expected samples along the first dimension of each")
     return found
+
+
+def _leaves(program: torch.export.ExportedProgram) -> list[tuple[str | None, Any]]:
+    """What it is called with, flat: a tensor's name, or None and the constant that it was exported with."""
+    given = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    return [(None, arg.value) if isinstance(arg, ConstantArgument) else (arg.name, None) for arg in given]

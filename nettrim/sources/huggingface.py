@@ -52,12 +52,13 @@ class HuggingFace(Source):
         says = _json(processor) if processor.is_file() else {}
         size = reading.image_size
         if size is None:
-            given = says.get("size") or says.get("crop_size") or getattr(self.model.config, "image_size", None)
+            crops = says.get("crop_size") if says.get("do_center_crop") is not False else None  # what the network sees is what is left
+            given = crops or says.get("size") or getattr(self.model.config, "image_size", None)
             if isinstance(given, dict):
                 given = (given.get("height"), given.get("width")) if "height" in given else given.get("shortest_edge")
             size = (given, given) if isinstance(given, int) else tuple(given) if given else None
         mean, std = (
-            asked if asked is not None else tuple(says[name]) if says.get(name) else None
+            asked if asked is not None else tuple(says[name]) if says.get(name) and says.get("do_normalize") is not False else None
             for asked, name in ((reading.image_mean, "image_mean"), (reading.image_std, "image_std"))
         )
         return dataclasses.replace(reading, sequence_length=tokens, image_size=size, image_mean=mean, image_std=std)
