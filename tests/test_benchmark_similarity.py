@@ -129,7 +129,12 @@ def test_a_method_that_keeps_too_many_is_told_every_time(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(("--methods", "best"), "is not one of"), (("--kept", "1.5"), "expected shares"), (("--kept", "a:b"), "expected shares"), (("--pairs", "2"), "x>=3")],
+    [
+        (("--methods", "best"), "is not one of"),
+        (("--kept", "1.5"), "expected shares"),
+        (("--kept", "a:b"), "expected shares"),
+        (("--pairs", "2"), "x>=3"),
+    ],
 )
 def test_what_it_does_not_know_is_refused(tmp_path: Path, arguments: tuple[str, str], said: str) -> None:
     result = command(tmp_path / "out.json", *arguments)
