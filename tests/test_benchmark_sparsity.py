@@ -247,6 +247,13 @@ def test_layers_are_captured_in_the_order_in_which_they_run_and_measured() -> No
     assert measured["mean_error"] == pytest.approx(sum(one["error"] for one in measured["layers"].values()) / 3)
 
 
+def test_the_gram_matrix_is_in_the_time_of_those_that_are_given_it() -> None:
+    model, x = tiny_network(), torch.rand(30, 12)
+    layers = [replace(one, seconds=1000.0) for one in sparsity_minilm.capture(model, lambda: model(x))]
+    charged = {method for method in sparsity_judge.METHODS if sparsity_minilm.measure_layers(layers, method, 0.5)["seconds"] > 2999}
+    assert charged == {"wanda", "sparsegpt", "alps", "fistapruner"}
+
+
 def test_a_pruner_that_keeps_too_many_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRUNERS, "magnitude", lambda W, G, kept: W)
     model, x = tiny_network(), torch.rand(30, 12)
