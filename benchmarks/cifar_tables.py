@@ -1,26 +1,14 @@
-"""Tables, checks and the plot of ``python -m benchmarks.cifar``."""
+"""Tables and checks of ``python -m benchmarks.cifar``."""
 
-from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 
 from benchmarks.cifar_networks import TITLES
+from benchmarks.method_tables import of, print_table, values
 from benchmarks.solver_session import Check
-from benchmarks.sparsity_tables import print_table
 
 Run = dict[str, Any]
-
-
-def of(runs: list[Run], **wanted: Any) -> list[Run]:
-    """The runs with these settings."""
-    return [run for run in runs if all(run["settings"].get(key) == value for key, value in wanted.items())]
-
-
-def values(runs: list[Run], key: str) -> list[Any]:
-    """The values of a setting, each once, in the order of the runs."""
-    return list(dict.fromkeys(run["settings"][key] for run in runs))
 
 
 def _cell(run: Run) -> str:
@@ -69,33 +57,3 @@ def checks(runs: list[Run], ours: str, peers: tuple[str, ...]) -> list[Check]:
                 lost = dense - mine[0]["accuracy"]
                 found.append(Check(network, f"loss of accuracy, two thirds of the best peer's, {what}", lost, "≤", (dense - best) * 2 / 3))
     return found
-
-
-def draw(runs: list[Run], path: Path) -> list[Path]:
-    """Plot accuracy and error of the logits against zeros, a column of panels a network, where matplotlib is installed; what was written."""
-    runs = [run for run in runs if "error" not in run]
-    if not runs:
-        return []
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        click.echo("No figure: matplotlib is not installed (pip install 'nettrim[plot]').", err=True)
-        return []
-    networks = values(runs, "network")
-    figure = Figure(figsize=(6 * len(networks), 8), layout="constrained")
-    panels = figure.subplots(2, len(networks), squeeze=False)
-    for column, network in enumerate(networks):
-        members = of(runs, network=network)
-        top, bottom = panels[0][column], panels[1][column]
-        for method in values(members, "method"):
-            line = sorted((100 * run["settings"]["zeros"], 100 * run["accuracy"], run["logit_error"]) for run in of(members, method=method))
-            zeros, accuracy, error = zip(*line, strict=True)
-            top.plot(zeros, accuracy, "o-", markersize=4, label=method)
-            bottom.plot(zeros, error, "o-", markersize=4, label=method)
-        top.axhline(100 * members[0]["dense_accuracy"], color="black", linewidth=0.8, linestyle=":", label="dense")
-        top.set(title=TITLES[network], xlabel="zeros (%)", ylabel="test accuracy, not retrained (%)")
-        positive = any(run["logit_error"] > 0 for run in members)
-        bottom.set(xlabel="zeros (%)", ylabel="relative error of the logits", yscale="log" if positive else "linear")
-        top.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return [path]

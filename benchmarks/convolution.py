@@ -15,10 +15,10 @@ import nettrim
 from benchmarks.cifar_data import LOADERS, centres
 from benchmarks.cifar_networks import RECIPES, load_or_train
 from benchmarks.memory import PeakMemory
+from benchmarks.method_tables import print_table
 from benchmarks.options import open_console
 from benchmarks.results import environment
 from benchmarks.solver_session import in_a_process
-from benchmarks.sparsity_tables import print_table
 from nettrim import capture, layers
 from nettrim.calibration import runner
 from nettrim.operators import Convolution, of_matrix

