@@ -121,7 +121,7 @@ def draw(runs: list[Run], console: Console) -> None:
 @click.option("--data", type=click.Choice(list(LOADERS)), default="minilm", show_default=True, help="The network and its texts.")
 @click.option("--methods", type=Choices(*METHODS), default=",".join(METHODS), show_default=True)
 @click.option("--kept", default="0.5,2:4", show_default=True, callback=levels_of, help="Shares of each layer's weights, or patterns.")
-@click.option("--sequences", type=click.IntRange(min=1), default=128, show_default=True, help="To calibrate on.")
+@click.option("--sequences", type=click.IntRange(min=1), default=64, show_default=True, help="To calibrate on.")
 @click.option("--length", type=click.IntRange(min=4), default=128, show_default=True, help="Tokens of each.")
 @click.option("--pairs", type=click.IntRange(min=3), default=1000, show_default=True, help="Of sentences, to judge by.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
