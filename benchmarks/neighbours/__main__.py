@@ -4,6 +4,7 @@ What is run and measured is in ``docs/neighbours.md`` and ``benchmarks/README.md
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from benchmarks.neighbours.tables import draw, put_into, rich_tables
 from benchmarks.options import Choices, open_console
 from benchmarks.results import Results
 from benchmarks.solver_session import limited_threads
-from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "results" / "neighbours.json"
 SECTIONS = ("methods", "oracle")
@@ -89,17 +89,9 @@ def run_methods(protocol: Protocol, results: Results, console: Console) -> list[
                 "constants": constants(name),
                 "seed": seed,
             }
-            run = results.find(settings)
-            if run is None:
-                task = Task(data, method.network, protocol.epochs, seed, protocol.samples, protocol.batch, shared)
-                try:
-                    with console.status(f"{name}, seed {seed}"):
-                        steps = (protocol.halvings, protocol.auto_halvings)
-                        run = results.append(settings, measure(method, task, calibration=protocol.calibration, halvings=steps))
-                except NetTrimError as error:
-                    console.print(f"[red]failed[/red] {name}, seed {seed}: {error}")
-                    run = results.append(settings, {"error": f"{type(error).__name__}: {error}"})
-            runs.append(run)
+            task = Task(data, method.network, protocol.epochs, seed, protocol.samples, protocol.batch, shared)
+            work = partial(measure, method, task, calibration=protocol.calibration, halvings=(protocol.halvings, protocol.auto_halvings))
+            runs.append(results.measured(settings, work, console, f"{name}, seed {seed}"))
     for table in rich_tables(runs):
         console.print(table)
     return runs
