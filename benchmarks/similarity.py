@@ -23,11 +23,15 @@ from benchmarks.peers_by_block import PEERS, kept_of, prune_blocks
 from benchmarks.results import Results
 from benchmarks.similarity_data import LOADERS, Subject
 from benchmarks.solver_session import limited_threads
-from benchmarks.sparsity_judge import OURS
 from benchmarks.sparsity_minilm import keeps
 from nettrim.errors import NetTrimError
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "similarity.json"
+OURS: dict[str, dict[str, Any]] = {
+    "nettrim": {},
+    "nettrim-half-repair": {"repair": 0.5},
+    "nettrim-layer": {"repair": 0.5, "fidelity": "layer"},
+}
 METHODS = (*PEERS, *OURS)
 BATCH = 16  # sequences through the network at a time
 Run = dict[str, Any]
