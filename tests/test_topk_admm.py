@@ -257,7 +257,7 @@ def test_a_budget_that_nothing_keeps_is_not_called_kept():
         ({"nonzeros": 3, "metric": torch.zeros(3), "activation": None}, "no inner product"),
         ({"nonzeros": 3, "metric": torch.eye(3).flip(0) * 2 + torch.ones(3, 3).triu(), "activation": None}, "no inner product"),
         ({"nonzeros": 3, "metric": torch.ones(2), "activation": None}, r"expected \(3, 3\) or \(3,\)"),
-        ({"nonzeros": 3, "support": torch.ones(3, 8)}, "expected torch.bool"),
+        ({"nonzeros": 3, "support": torch.ones(3, 8)}, "expected a tensor or a numpy array of bool"),
         ({"nonzeros": 3, "l1_weights": torch.ones(3, 8)}, r"shape \(M, N\)"),
     ],
 )
