@@ -172,7 +172,6 @@ def make_selection(
         kept = [int(support[_rows_of(layer, group), :N].sum()) for group in range(layer.groups)]
         pattern = UNSTRUCTURED
     else:
-        pattern.check((M // layer.groups, N), f"layer {layer.name!r}")
         kept = _shared(layer, pattern, sparsity, support)
     known = layer.moments
     programs = []

@@ -128,6 +128,9 @@ def set_goals(
     spreads = pattern is UNSTRUCTURED and options.allocation == "auto" and 0 < share < 1 and len(names) > 1
     metrics: dict[str, Tensor] = {}
     wanted = [layer for layer in trace.layers if layer.name in names]
+    for layer in (one for one in wanted if one.name in shares and pattern is not NEURON):  # before hours of solving, not when it is the layer's turn
+        M, N = layer.matrix.shape
+        pattern.check((M // layer.matrix.groups, N), f"layer {layer.name!r}")
     if pattern is not NEURON and (spreads or options.fidelity == "network"):
         metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads)
     if spreads:

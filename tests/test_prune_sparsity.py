@@ -149,3 +149,13 @@ def test_what_makes_no_sense_is_refused(network, options, message):
     with pytest.raises(ArgumentError, match=message):
         nettrim.prune(model, samples, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_pattern_that_a_later_layer_cannot_have_is_refused_before_any_is_solved():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    events = []
+    with pytest.raises(ArgumentError, match=r"layer '2' has weights of shape \(3, 6\), which pattern='2:4' does not tile"):
+        nettrim.prune(model, torch.randn(50, 8), pattern="2:4", progress=events.append)
+    assert not events
+    assert nettrim.prune(model, torch.randn(50, 8), sparsity={"0": 0.5}, pattern="2:4").report.certificate.holds
