@@ -77,8 +77,7 @@ def load(sequences: int, length: int, pairs: int, seed: int) -> Subject:
     """
     model, tokenizer, novel = load_encoder()
     rows = stretches(tokenizer, novel, length - 2, sequences, seed)
-    ends = (torch.full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    first, last = ends
+    first, last = (torch.full((len(rows), 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     sentences, which = draw_pairs(addresses(), pairs, seed)
     batches = [
         dict(tokenizer(sentences[start : start + BATCH], padding=True, truncation=True, max_length=128, return_tensors="pt"))

@@ -137,8 +137,8 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
     With one, σ is the mean of its small eigenvalues, and each of the large ones has a division of its own along its eigenvector
     (:attr:`Quadratic.outputs`; their number decides the cost). The refit knows all of ``S``.
 
-    Until the support first stands still, products may be in half precision: what they leave out is made up for by those that follow, and on layers
-    of SmolLM2 the misfits found are the same to 0.1 % (docs/sparsity.md).
+    Until the support first stands still, products may be in half precision: what they leave out is made up for by those that follow
+    (docs/sparsity.md, what was tried).
     """
     lam, Q = problem.inputs
     sigma, U, common = problem.outputs or (None, None, 1.0)
