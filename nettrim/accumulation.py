@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nettrim.activations import output
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation
 from nettrim.certificate import share
 from nettrim.layers import Call
+from nettrim.passes import evaluation
 from nettrim.tracing import TracedLayer
 
 _ELEMENTS = 2**26  # of one network's layer outputs held at a time: 256 MB in float32

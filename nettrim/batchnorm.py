@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation
 from nettrim.errors import ArgumentError
+from nettrim.passes import evaluation
 
 
 def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

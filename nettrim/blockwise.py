@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import Stop, evaluation
 from nettrim.errors import NetTrimError
+from nettrim.passes import Stop, evaluation
 
 HIDDEN = object()  # where a block's output holds the hidden state
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)

@@ -28,7 +28,7 @@ from nettrim.operators import Convolution, of_matrix
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
-from nettrim.rows import Stream
+from nettrim.rows import Checked, Stream
 from nettrim.solvers import cg_admm
 
 
@@ -159,23 +159,24 @@ def make_selection(
     Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
     program sees ``G`` and ``C`` alone. The bias does not count and is fitted.
 
-    Below a ``repair`` of 1 the targets lean towards what the dense weights make of the disturbed inputs, ``repair · A Wᵀ + (1 − repair) · Â Wᵀ``.
+    What the layer's output is added to, ``B`` (P, M), may be off too: the targets ``A Wᵀ + B − B̂`` make the dense network's sum.
+    Below a ``repair`` of 1 they lean towards what the dense weights make of the disturbed inputs, ``repair · (A Wᵀ + B − B̂) + (1 − repair) · Â Wᵀ``.
     With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do. ``metric``, (M, M) or (M,), is the
     program's.
     The groups of a grouped layer share its number of weights by ``‖a_j‖² w²``, what each weight puts out.
     """
     M, N = layer.matrix.shape
     omega = _omega(layer, 0.0)
-    lean = repair if repair < 1 and layer.disturbed else None
+    lean = repair if repair < 1 and (layer.disturbed or layer.observation.summed) else None
     if pattern is NEURON:
         assert support is not None
         kept = [int(support[_rows_of(layer, group), :N].sum()) for group in range(layer.groups)]
         pattern = UNSTRUCTURED
     else:
         kept = _shared(layer, pattern, sparsity, support)
-    known = layer.moments
+    known = layer.aims
     programs = []
-    for group, (inputs, targets) in enumerate(_program_rows(layer, lean, plain=True)):
+    for group, (inputs, targets) in enumerate(_selection_rows(layer, lean)):
         inside = _rows_of(layer, group)
         programs.append(
             LayerProgram(
@@ -243,31 +244,61 @@ def _sizes(layer: Layer, chunks: Iterator[tuple[Tensor, Tensor]], *, misfits: bo
     return _Sizes(output, zero, on, off)
 
 
-def _program_rows(layer: Layer, repair: float | None = None, *, plain: bool = False) -> Iterator[tuple[Tensor | Stream, Tensor | Stream]]:
-    """Inputs and targets of each group's program: tensors where they are held, else streams; ``plain`` is without the ReLU."""
+def _program_rows(layer: Layer) -> Iterator[tuple[Tensor | Stream, Tensor | Stream]]:
+    """Inputs and targets of each group's program with a budget: tensors where they are held, else streams."""
     held = layer.drawn or layer.observation.rows
     for group in range(layer.groups):
         columns, outputs = layer.observation.columns(group)
 
         def aim(A: Tensor, U: Tensor, outputs: slice = outputs) -> Tensor:
-            if repair is not None:
-                return torch.lerp(A @ layer.dense[outputs].T, U, repair)
-            return U if plain else layer.targets(U, outputs)
+            return layer.targets(U, outputs)
 
         if held is not None:
-            A, U = held[0][:, columns], held[1][:, outputs]
-            yield A, aim(A, U)
+            yield held[0][:, columns], aim(held[0], held[1][:, outputs])
             continue
         yield _stream(layer, group, lambda A, U: A), _targets(layer, group, aim)
 
 
-def _stream(layer: Layer, group: int, made: Callable[[Tensor, Tensor], Tensor]) -> Stream:
-    return lambda: (made(A, U) for A, U in layer.observation.chunks(group))
+def _selection_rows(layer: Layer, repair: float | None) -> Iterator[tuple[Tensor | Stream, Tensor | Stream]]:
+    """The same of each group's program with a number of weights, whose targets may lean.
+
+    Where sums over the rows are known, which is all that such a program asks for first, targets are made only when they are read.
+    """
+    seen = layer.observation
+    for group in range(layer.groups):
+        columns, outputs = seen.columns(group)
+
+        def aim(A: Tensor, T: Tensor, outputs: slice = outputs) -> Tensor:
+            return T if repair is None else torch.lerp(A @ layer.dense[outputs].T, T, repair)
+
+        if layer.aims is not None and not seen.leaves:
+            width, count = layer.dense.shape[1], layer.rows if layer.drawn is None else len(layer.drawn.A)
+            like = layer.dense
+            inputs = Checked(_made(layer, lambda A, T: A), count, width, like.dtype, like.device)
+            yield inputs, Checked(_made(layer, aim), count, len(like), like.dtype, like.device)
+        elif layer.drawn is not None:
+            A = layer.drawn.A[:, columns]
+            yield A, aim(A, layer.drawn.aims[:, outputs])
+        elif seen.rows is not None:
+            A = seen.rows[0][:, columns]
+            yield A, torch.cat([aim(A, T) for A, T in seen.aims(group)])
+        else:
+            yield _stream(layer, group, lambda A, U: A), _targets(layer, group, aim, summed=True)
 
 
-def _targets(layer: Layer, group: int, aim: Callable[[Tensor, Tensor], Tensor]) -> Tensor | Stream:
+def _stream(layer: Layer, group: int, made: Callable[[Tensor, Tensor], Tensor], *, summed: bool = False) -> Stream:
+    chunks = layer.observation.aims if summed else layer.observation.chunks
+    return lambda: (made(A, U) for A, U in chunks(group))
+
+
+def _made(layer: Layer, made: Callable[[Tensor, Tensor], Tensor]) -> Stream:
+    """Of the rows that a program is solved on."""
+    return lambda: (made(A, T) for A, T in layer.solved_on(summed=True))
+
+
+def _targets(layer: Layer, group: int, aim: Callable[[Tensor, Tensor], Tensor], *, summed: bool = False) -> Tensor | Stream:
     """Held where they fit: two streams side by side cost two runs of the network."""
-    stream = _stream(layer, group, aim)
+    stream = _stream(layer, group, aim, summed=summed)
     if layer.rows * (layer.matrix.shape[0] // layer.groups) > HELD_ELEMENTS:
         return stream
     return torch.cat(list(stream()))

@@ -1,75 +1,52 @@
 """What flows through the network: a layer's inputs and pre-activations as rows, and the network's outputs.
 
-Everything runs inside `evaluation`, and every hook is gone afterwards, whatever happened.
+Everything runs inside `nettrim.passes.evaluation`, and every hook is gone afterwards, whatever happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from nettrim import layers
-from nettrim.buffers import Buffers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
 from nettrim.layers import Matrix
-from nettrim.sharing import turn
+from nettrim.passes import Stop, evaluation, tensors_in
+from nettrim.sums import Sums
 
 
-class Stop(BaseException):
-    """Ends a forward pass once enough has run; no `Exception`, so that a model's own handlers let it through."""
+class Seen(NamedTuple):
+    """What was seen of a layer in one batch.
 
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, without gradients, and leave it as it was.
-
-    Every submodule's own training flag is put back on exit, also after an exception, and so are buffers that the forward pass changes
-    (counters, caches). The flags are set directly:
-    `model.eval()` may be overridden and change more than flags. The fused kernels of nn.TransformerEncoder and
-    nn.MultiheadAttention are off meanwhile: they bypass the forward of the layers that they hold. Threads that do so take
-    turns; hooks are put on the model inside, where no other thread runs it.
+    Attributes
+    ----------
+    kept : Tensor
+        What the layer's kind keeps of the input (`nettrim.layers.Kind.inputs`), in its own dtype.
+    Z : Tensor, (P, M)
+        Pre-activations in the compute dtype: what the layer returned, before anything changed it.
+    beside : Tensor or None, (P, M)
+        What it is added to, where that was asked for, in the compute dtype. None of them shares memory with the model.
     """
-    with turn(), _evaluation(model):
-        yield
 
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = Buffers(module for module, _ in flags)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        try:
-            buffers.put_back()
-        finally:
-            for module, training in flags:
-                module.training = training
+    kept: Tensor
+    Z: Tensor
+    beside: Tensor | None = None
 
 
 def kept(
-    model: nn.Module, batches: list[Any], run: Run, matrix: Matrix, *, device: torch.device | str | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    model: nn.Module, batches: list[Any], run: Run, matrix: Matrix, *, device: torch.device | str | None = None, summed: bool = False
+) -> Iterator[Seen]:
     """What a layer is given and what it gives, batch by batch.
 
     Parameters
     ----------
     model : nn.Module
-        The network; every forward pass ends as soon as the layer has run.
+        The network; every forward pass ends as soon as the layer has run, or its sum.
     batches : list
         As `nettrim.calibration.batches` returns them.
     run : callable(model, batch)
@@ -78,74 +55,94 @@ def kept(
         Of a supported submodule of `model`.
     device : optional
         Where the results are; the layer's device by default.
+    summed : bool
+        Whether what the layer's output is added to is wanted.
 
     Yields
     ------
-    kept : Tensor
-        What the layer's kind keeps of the input (`nettrim.layers.Kind.inputs`), in its own dtype.
-    Z : Tensor, shape (P, M)
-        Pre-activations in the compute dtype: what the layer returned, before anything changed it. Both share no memory with the model.
+    Seen
 
     Raises
     ------
     CalibrationError
-        A batch that the model cannot run or in which the layer does not run, or NaN or infinity in the layer's input
-        or output; the layer and the batch are named.
+        A batch that the model cannot run or in which the layer does not run, or is not added to anything though that is wanted, or NaN or
+        infinity in the layer's input or output; the layer and the batch are named.
     """
     module, kind, part = matrix.module, matrix.kind, matrix.part
     name = matrix.name_in(next((name for name, child in model.named_modules() if child is module), type(module).__name__))
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Seen] = []
+    calls: list[layers.Call] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         call = layers.Call(args, kwargs, out)
         x, z = kind.inputs(module, part, call), kind.outputs(module, part, call)
         # copies: a model that catches even `Stop` goes on and may change both in place
-        seen.append((x.to(device=device, copy=True), z.to(device=device, dtype=matrix.compute_dtype, copy=True)))
-        if not kind.repeats:
+        seen.append(Seen(x.to(device=device, copy=True), z.to(device=device, dtype=matrix.compute_dtype, copy=True)))
+        calls[:] = [call]
+        if not kind.repeats and not summed:
             raise Stop
 
     for index, batch in enumerate(batches):
         seen.clear()
-        with evaluation(model):
+        sums = Sums({name: module} if summed else {}, stop=True)
+        with evaluation(model), ExitStack() as stack:
             # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
-            handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+            if summed:
+                stack.enter_context(sums.hooks())
+                stack.enter_context(sums)
             try:
                 run_batch(model, batch, index, run)
             except Stop:
                 pass
-            finally:
-                handle.remove()
         if not seen:
             raise RouteError(
                 f"layer {name!r} did not run in calibration batch {index}; expected it to run in every "
                 "batch: leave it out (ignore) or leave out that batch"
             )
         for call in seen:
-            for what, values in zip(("input", "output"), call, strict=True):
+            for what, values in (("input", call.kept), ("output", call.Z)):
                 _require_finite(values, f"the {what} of layer {name!r}", index)
-        if not kind.repeats:
-            yield seen[0]
+        if kind.repeats:
+            yield Seen(torch.cat([call.kept for call in seen]), torch.cat([call.Z for call in seen]))
         else:
-            yield torch.cat([x for x, _ in seen]), torch.cat([z for _, z in seen])
+            yield seen[0]._replace(beside=_beside(sums, name, matrix, calls[0], index, device) if summed else None)
+        calls.clear()
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What was seen of a layer in one batch: what its kind keeps of the input, the same tensor for layers that were given the same one, and ``Z``."""
-
-    kept: Tensor
-    Z: Tensor
+def _beside(sums: Sums, name: str, matrix: Matrix, call: layers.Call, index: int, device: torch.device | str | None) -> Tensor:
+    """What the layer's output was added to, in the order of its rows."""
+    other = sums.beside.get(name)
+    if other is None:
+        raise RouteError(
+            f"the output of layer {name!r} is added to another tensor in the dense network, and not in calibration batch {index} of the pruned one: "
+            "leave the layer out (ignore)"
+        )
+    rows = matrix.kind.outputs(matrix.module, matrix.part, layers.Call(call.args, call.kwargs, other.reshape(call.out.shape)))
+    _require_finite(rows, f"what the output of layer {name!r} is added to", index)
+    return rows.to(device=device, dtype=matrix.compute_dtype)
 
 
 def together(
-    model: nn.Module, batches: list[Any], run: Run, matrices: Mapping[str, Matrix], *, device: torch.device | str | None = None
+    model: nn.Module,
+    batches: list[Any],
+    run: Run,
+    matrices: Mapping[str, Matrix],
+    *,
+    device: torch.device | str | None = None,
+    summed: Collection[str] = (),
 ) -> Iterator[tuple[dict[str, Seen], Any]]:
-    """As `kept`, of several layers in one forward pass of each batch, and what ``run`` returned. None of them may run more than once in a pass."""
+    """As `kept`, of several layers in one forward pass of each batch, and what ``run`` returned. None of them may run more than once in a pass.
+
+    Of layers that are given the same input, what is kept of it is one tensor. ``summed`` names those of which it is wanted what they are added to.
+    """
     for index, batch in enumerate(batches):
         found: dict[str, Seen] = {}
+        calls: dict[str, layers.Call] = {}
+        sums = Sums({name: matrices[name].module for name in summed})
         given: list[tuple[Any, int, type, Tensor]] = []  # the inputs themselves: while they are held no other has their memory
 
-        def hook(name: str, matrix: Matrix, index: int = index, found: dict[str, Seen] = found, given: list[Any] = given) -> Any:
+        def hook(name: str, matrix: Matrix, index: int = index, found: Any = found, calls: Any = calls, given: list[Any] = given) -> Any:
             kind, part = matrix.kind, matrix.part
 
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -159,12 +156,17 @@ def together(
                 Z = kind.outputs(module, part, call).to(device=device, dtype=matrix.compute_dtype, copy=True)
                 _require_finite(Z, f"the output of layer {name!r}", index)
                 found[name] = Seen(kept, Z)
+                if name in summed:
+                    calls[name] = call
 
             return after
 
         with evaluation(model), ExitStack() as stack:
             for name, matrix in matrices.items():
                 stack.callback(matrix.module.register_forward_hook(hook(name, matrix), prepend=True, with_kwargs=True).remove)
+            if summed:
+                stack.enter_context(sums.hooks())
+                stack.enter_context(sums)
             output = run_batch(model, batch, index, run)
         if len(found) < len(matrices):
             missing = next(name for name in matrices if name not in found)
@@ -172,6 +174,8 @@ def together(
                 f"layer {missing!r} did not run in calibration batch {index}; expected it to run in every batch: leave it out (ignore) or leave out "
                 "that batch"
             )
+        for name, call in calls.items():
+            found[name] = found[name]._replace(beside=_beside(sums, name, matrices[name], call, index, device))
         yield found, output
 
 
@@ -189,9 +193,9 @@ def rows(
     """
     matrix = layers.only_matrix(layer)
     pieces = []
-    for x, z in kept(model, batches, run, matrix, device=device):
-        unfolded = matrix.kind.unfold(matrix.module, matrix.part, x.to(matrix.compute_dtype))
-        pieces.append((matrix.with_ones(unfolded), z))
+    for seen in kept(model, batches, run, matrix, device=device):
+        unfolded = matrix.kind.unfold(matrix.module, matrix.part, seen.kept.to(matrix.compute_dtype))
+        pieces.append((matrix.with_ones(unfolded), seen.Z))
     return torch.cat([a for a, _ in pieces]), torch.cat([z for _, z in pieces])
 
 
@@ -232,28 +236,9 @@ def outputs(model: nn.Module, batches: list[Any], run: Run) -> Tensor:
     return torch.cat([element.to(elements[0].device) for element in elements])
 
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors of a model's output: in containers, in mappings and in the attributes of other objects."""
-    found: list[Tensor] = []
-    visited: set[int] = set()
-    # the queue keeps every object alive meanwhile, so that no id is used twice
-    queue = [output]
-    for item in queue:
-        for leaf in tree_leaves(item):
-            if isinstance(leaf, Tensor):
-                found.append(leaf)
-            elif id(leaf) not in visited and not isinstance(leaf, nn.Module | ModuleType | type):
-                visited.add(id(leaf))
-                if isinstance(leaf, Mapping):
-                    queue.append(list(leaf.values()))
-                elif isinstance(leaf, set | frozenset):
-                    queue.append(list(leaf))
-                elif hasattr(leaf, "__dict__"):
-                    queue.append(list(vars(leaf).values()))
-    return found
-
-
 def _require_finite(values: Tensor, what: str, index: int) -> None:
+    if bool(torch.isfinite(values.sum())):  # one pass, where all is well; a sum may overflow without them
+        return
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise CalibrationError(

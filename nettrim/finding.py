@@ -15,8 +15,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from nettrim import layers
 from nettrim.blockwise import HIDDEN, Call, Chain, NotBlocks, equal
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import Stop, evaluation, tensors_in
 from nettrim.errors import ArgumentError, CalibrationError
+from nettrim.passes import Stop, evaluation, tensors_in
 
 _SAMPLED = 4096  # of a tensor's elements, where two are compared
 _ALIKE = 1e-3  # of the largest: a device may round the same block's sums in another order

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from nettrim import capture
 from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run
+from nettrim.capture import Seen
 from nettrim.errors import RouteError
 from nettrim.grams import Gram, Moments, moments
-from nettrim.layers import Matrix
+from nettrim.layers import Kind, Matrix
 from nettrim.layers.convolution import Convolutional
 from nettrim.tracing import TracedLayer
 
@@ -29,7 +30,7 @@ HELD_ELEMENTS = 2**28  # of a layer's rows, or else of its inputs and outputs, i
 UNFOLDED_ELEMENTS = 2**22  # of the rows made at a time
 _ROUNDING = 100.0  # in units of the last place: below it a layer's inputs are those of the dense network
 
-Source = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+Source = Callable[[], Iterator[Seen]]
 
 
 class Observation:
@@ -39,60 +40,81 @@ class Observation:
     ----------
     count : int
         P, over all batches.
+    summed : bool
+        Whether it is known what the outputs are added to, and by how much that is off in the pruned network.
+    leaves : bool
+        Whether the rows leave the process.
     """
 
     def __init__(self, matrix: Matrix, scale: Tensor | None, source: Source, *, hold: bool = False, most: float = math.inf) -> None:
-        """``source`` yields, batch by batch, what was kept of the input and ``Z``; it is run through once here. ``hold`` all rows, however many;
-        of more than ``most`` what they are made of.
+        """``source`` yields, batch by batch, what was kept of the input, ``Z``, and what the dense network adds more than the pruned one to it, if
+        that is known; it is run through once here. ``hold`` all rows, however many; of more than ``most`` what they are made of.
         """
         self._matrix, self._scale, self._source = matrix, scale, source
-        self._held: list[tuple[Tensor, Tensor]] | None = []
-        self._rows: tuple[Tensor, Tensor] | None = None
-        self.count, elements, limit = 0, 0, math.inf if hold else HELD_ELEMENTS
-        for kept, Z in source():
-            self.count += len(Z)
-            elements += kept.numel() + Z.numel()
+        self._held: list[Seen] | None = []
+        self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.count, self.summed, self.leaves = 0, False, hold
+        elements, limit = 0, math.inf if hold else HELD_ELEMENTS
+        for seen in source():
+            self.count += len(seen.Z)
+            self.summed = seen.beside is not None
+            elements += seen.kept.numel() + seen.Z.numel() * (1 + self.summed)
             if elements > limit and not matrix.kind.feeds_itself:
                 self._held = None
             if self._held is not None:
-                self._held.append((kept, Z))
+                self._held.append(seen)
         M, N = matrix.shape
-        if self.count <= most and self._held is not None and self.count * (matrix.groups * (N + matrix.has_bias) + M) <= limit:
+        width = matrix.groups * (N + matrix.has_bias) + M * (1 + self.summed)
+        self._fits = self.count <= most and self.count * width <= limit
+        if type(matrix.kind).unfold is not Kind.unfold:
+            self._join()  # what costs something to make is made once
+
+    def _join(self) -> None:
+        if self._rows is None and self._fits and self._held is not None:
             self._rows = self._whole()
             self._held = None
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
+    def _whole(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """All rows, written where they stay: beside them there is but what they are made of."""
-        whole: tuple[Tensor, Tensor] | None = None
+        whole: list[Tensor] = []
         start = 0
-        for A, U in self._unfolded():
-            if whole is None:
-                whole = A.new_empty(self.count, A.shape[1]), U.new_empty(self.count, U.shape[1])
-            whole[0][start : start + len(A)], whole[1][start : start + len(A)] = A, U
-            start += len(A)
-        assert whole is not None
-        return whole
+        for parts in self._unfolded():
+            given = [part for part in parts if part is not None]
+            whole = whole or [part.new_empty(self.count, part.shape[1]) for part in given]
+            for to, part in zip(whole, given, strict=True):
+                to[start : start + len(part)] = part
+            start += len(given[0])
+        return whole[0], whole[1], whole[2] if self.summed else None
 
     @property
     def rows(self) -> tuple[Tensor, Tensor] | None:
-        """All rows, where they are held."""
-        return self._rows
+        """All rows ``A`` and ``U``, where they can be held."""
+        self._join()
+        return None if self._rows is None else self._rows[:2]
 
     def chunks(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """``(A, U)`` chunk by chunk; of one group of a grouped layer, ``A`` is (p, N) and ``U`` (p, M/G)."""
+        return ((A, U) for A, U, _ in self._parts(group))
+
+    def aims(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `chunks`, with the outputs that would make the dense network's sum: ``U`` and what the dense network adds more to it."""
+        return ((A, U if more is None else U + more) for A, U, more in self._parts(group))
+
+    def _parts(self, group: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         if self._rows is None:
             yield from self._unfolded(group)
             return
-        A, U = self._rows
+        A, U, more = self._rows
         inside, of_group = self.columns(group)
         step = max(1, UNFOLDED_ELEMENTS // max(1, A.shape[1] + U.shape[1]))
         for start in range(0, self.count, step):
-            yield A[start : start + step, inside], U[start : start + step, of_group]
+            here = slice(start, start + step)
+            yield A[here, inside], U[here, of_group], None if more is None else more[here, of_group]
 
     @property
     def inputs(self) -> list[Tensor] | None:
         """What was kept of the input, batch by batch, of a layer whose rows are not held; None where that is too large too."""
-        return None if self._held is None else [kept for kept, _ in self._held]
+        return None if self._held is None else [seen.kept for seen in self._held]
 
     def columns(self, group: int | None) -> tuple[slice, slice]:
         """Which columns of all rows' ``A`` and ``U`` are a group's."""
@@ -102,23 +124,24 @@ class Observation:
         width, height = N + self._matrix.has_bias, M // self._matrix.groups
         return slice(group * width, (group + 1) * width), slice(group * height, (group + 1) * height)
 
-    def drawn(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def drawn(self, count: int, seed: int) -> Drawn:
         """``count`` of the rows, uniformly, in order; the same ones for the same seed and number of rows."""
         index = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(self.count, count, replace=False)))
-        found = []
+        found: list[list[Tensor]] = []
         start = 0
-        for A, U in self.chunks():
-            taken = index[(index >= start) & (index < start + len(A))] - start
-            found.append((A[taken.to(A.device)], U[taken.to(A.device)]))
+        for A, U, more in self._parts(None):
+            taken = (index[(index >= start) & (index < start + len(A))] - start).to(A.device)
+            found.append([A[taken], U[taken], *([] if more is None else [U[taken] + more[taken]])])
             start += len(A)
-        return torch.cat([A for A, _ in found]), torch.cat([U for _, U in found])
+        A, U, *aims = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Drawn(A, U, aims[0] if aims else U)
 
-    def _unfolded(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _unfolded(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         matrix = self._matrix
         M, N = matrix.shape
         part, count = matrix.part, matrix.groups if group is None else 1
         _, of_group = self.columns(group)
-        for kept, Z in self._held if self._held is not None else self._source():
+        for kept, Z, beside in self._held if self._held is not None else self._source():
             per_entry = len(Z) // max(1, len(kept))
             step = max(1, UNFOLDED_ELEMENTS // max(1, per_entry * (count * (N + 1) + M)))
             for start in range(0, len(kept), step):
@@ -126,10 +149,19 @@ class Observation:
                 rows = matrix.kind.unfold(matrix.module, part, piece)
                 if group is not None and matrix.groups > 1:
                     rows = rows[:, group]
-                U = Z[start * per_entry : (start + len(piece)) * per_entry, of_group]
+                here = slice(start * per_entry, (start + len(piece)) * per_entry)
+                U = Z[here, of_group]
                 if self._scale is not None:
                     U = (U.double() * self._scale[of_group]).to(U.dtype)
-                yield matrix.with_ones(rows), U
+                yield matrix.with_ones(rows), U, None if beside is None else beside[here, of_group]
+
+
+class Drawn(NamedTuple):
+    """Some rows: ``A``, ``U``, and what `Observation.aims` makes of ``U``."""
+
+    A: Tensor
+    U: Tensor
+    aims: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +182,7 @@ class Layer:
         Whether the inputs differ from the dense network's.
     observation : Observation
         All rows: what promises are about.
-    drawn : (Tensor, Tensor) or None
+    drawn : Drawn or None
         The rows that the program is solved on, where they are not all.
     gram : Gram or None
         Of those rows, perhaps shared with the layers that are given the same ones.
@@ -163,7 +195,7 @@ class Layer:
     function: Activation | None
     disturbed: bool
     observation: Observation
-    drawn: tuple[Tensor, Tensor] | None = None
+    drawn: Drawn | None = None
     gram: Gram | None = None
 
     @property
@@ -250,12 +282,19 @@ class Layer:
         """Those of the rows that the program is solved on and the dense pre-activations, where there is one Gram matrix of them."""
         return None if self.gram is None or self.groups > 1 else moments(self.gram, self.solved_on())
 
-    def solved_on(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(A, U)`` of the rows that the program is solved on, chunk by chunk."""
+    @functools.cached_property
+    def aims(self) -> Moments | None:
+        """The same of the outputs that would make the dense network's sum, where the layer's are added to something."""
+        if not self.observation.summed or self.gram is None or self.groups > 1:
+            return self.moments
+        return moments(self.gram, self.solved_on(summed=True))
+
+    def solved_on(self, *, summed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(A, U)`` of the rows that the program is solved on, chunk by chunk; `Observation.aims` of them, if ``summed``."""
         if self.drawn is None:
-            return self.observation.chunks()
-        step = max(1, UNFOLDED_ELEMENTS // (self.drawn[0].shape[1] + self.drawn[1].shape[1]))
-        return zip(self.drawn[0].split(step), self.drawn[1].split(step), strict=True)
+            return self.observation.aims() if summed else self.observation.chunks()
+        step = max(1, UNFOLDED_ELEMENTS // (self.drawn.A.shape[1] + self.drawn.U.shape[1]))
+        return zip(self.drawn.A.split(step), (self.drawn.aims if summed else self.drawn.U).split(step), strict=True)
 
     def _scale(self) -> Tensor:
         assert self.norm is not None
@@ -275,11 +314,13 @@ def observe(
     hold: bool = False,
     unfold: bool = True,
     pruned_batches: list[Any] | None = None,
+    summed: bool = False,
 ) -> Layer:
     """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
 
     With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
-    convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same.
+    convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same. ``summed`` says that
+    it is wanted, of both networks, what the layer's outputs are added to.
 
     Raises
     ------
@@ -287,13 +328,13 @@ def observe(
         The two networks give the layer inputs of different shapes.
     """
 
-    def dense() -> Iterator[tuple[Tensor, Tensor]]:
-        return capture.kept(model, batches, run, layer.matrix, device=device)
+    def dense() -> Iterator[Seen]:
+        return capture.kept(model, batches, run, layer.matrix, device=device, summed=summed)
 
-    def disturbed() -> Iterator[Tensor]:
+    def disturbed() -> Iterator[Seen]:
         assert pruned is not None
         given = batches if pruned_batches is None else pruned_batches
-        return (seen for seen, _ in capture.kept(pruned, given, run, layer.of(pruned), device=device))
+        return capture.kept(pruned, given, run, layer.of(pruned), device=device, summed=summed)
 
     return observed(
         layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram()
@@ -303,7 +344,7 @@ def observe(
 def observed(
     layer: TracedLayer,
     dense: Source,
-    disturbed: Callable[[], Iterator[Tensor]] | None,
+    disturbed: Source | None,
     *,
     device: torch.device | str | None,
     max_rows: int | None = None,
@@ -312,23 +353,24 @@ def observed(
     unfold: bool = True,
     gram: Gram | None = None,
 ) -> Layer:
-    """As `observe`, of what was seen: batch by batch in the dense network what was kept of the input, and ``Z``; and in the pruned one the former."""
+    """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count."""
     matrix, apart, size = layer.matrix, 0.0, 0.0
 
-    def source() -> Iterator[tuple[Tensor, Tensor]]:
+    def source() -> Iterator[Seen]:
         nonlocal apart, size
         if disturbed is None:
-            yield from dense()
+            yield from (seen._replace(beside=None) for seen in dense())
             return
-        for (kept, Z), seen in zip(dense(), disturbed(), strict=True):
-            if seen.shape != kept.shape:
+        for given, seen in zip(dense(), disturbed(), strict=True):
+            if seen.kept.shape != given.kept.shape:
                 raise RouteError(
-                    f"layer {layer.name!r} is given {tuple(seen.shape)} in the pruned network and {tuple(kept.shape)} in the dense one; its shape "
-                    "depends on values, which a cascade cannot follow: use mode='parallel'"
+                    f"layer {layer.name!r} is given {tuple(seen.kept.shape)} in the pruned network and {tuple(given.kept.shape)} in the dense one; "
+                    "its shape depends on values, which a cascade cannot follow: use mode='parallel'"
                 )
-            apart += float((seen.double() - kept.double()).square().sum())
-            size += float(kept.double().square().sum())
-            yield seen, Z
+            apart += float((seen.kept.double() - given.kept.double()).square().sum())
+            size += float(given.kept.double().square().sum())
+            more = None if given.beside is None or seen.beside is None else given.beside - seen.beside
+            yield Seen(seen.kept, given.Z, more)
 
     where = torch.device(device) if device is not None else matrix.weight.device
     norm = None if layer.norm is None else Norm(layer.norm.scale.to(where), layer.norm.shift.to(where))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nettrim import batchnorm, capture, dispatch, layers, selection
+from nettrim import batchnorm, capture, dispatch, layers, passes, selection
 from nettrim import calibration as calibrations
 from nettrim.accumulation import accumulated
 from nettrim.blockwise import Chain
@@ -31,7 +31,7 @@ from nettrim.report import LayerReport, Report
 from nettrim.routes import Blocks, Whole, run_both
 from nettrim.selection import Pattern
 from nettrim.solvers import Solution, cg_admm
-from nettrim.stages import Stage
+from nettrim.stages import Ask, Stage
 from nettrim.storing import Stored, store
 from nettrim.tracing import Trace, TracedLayer, trace
 
@@ -97,6 +97,8 @@ def execute(task: Task, options: Options) -> PruneResult:
     pruned = layers.copy_of(model) if task.into is None else task.into
     route = Whole(model, pruned, run, solve_on, keep_out, device) if chain is None else Blocks(chain, model, pruned, run, solve_on, keep_out, device)
     cascade = options.mode == "cascade"
+    held, unfold = task.executor is not None, options.solver != cg_admm.NAME
+    ask = Ask(cascade, options.epsilon is None and options.repair != 0, options.max_rows, options.seed, held, unfold)
     through: dict[str, float | None] = {}
     stage: Stage
     records: dict[str, Record] = {}
@@ -104,8 +106,7 @@ def execute(task: Task, options: Options) -> PruneResult:
     last_done = time.perf_counter()
 
     def prepare(layer: TracedLayer) -> tuple[Layer, Budget]:
-        held, unfold = task.executor is not None, options.solver != cg_admm.NAME
-        seen = stage.observe(layer, cascade=cascade, max_rows=options.max_rows, seed=options.seed, hold=held, unfold=unfold)
+        seen = stage.observe(layer, ask)
         return seen, goals.budget(layer, seen, last=layer.name == last)
 
     def held_out(layer: TracedLayer) -> float | None:
@@ -198,7 +199,7 @@ def _goes_through(layer: TracedLayer, record: Record | None, options: Options) -
 def _apart(pairs: Iterable[tuple[Any, Any]]) -> Apart:
     found = Apart()
     for dense, pruned in pairs:
-        found.add(*([tensor for tensor in capture.tensors_in(output) if tensor.is_floating_point()] for output in (dense, pruned)))
+        found.add(*([tensor for tensor in passes.tensors_in(output) if tensor.is_floating_point()] for output in (dense, pruned)))
     return found
 
 

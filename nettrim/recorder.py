@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from nettrim import layers
 from nettrim.activations import RELU, find, find_norm
-from nettrim.capture import tensors_in
+from nettrim.passes import tensors_in
 from nettrim.values import Cell, Stage, Step, Value, common_way, step_name
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
+_SUMS = {_ATEN.add.Tensor, _ATEN.add_.Tensor}
 _MAXIMA = {
     _ATEN.max_pool2d_with_indices.default,
     _ATEN.max_pool3d_with_indices.default,
@@ -63,6 +64,14 @@ class PassRecord:
     def way(self, name: str) -> tuple[Step, ...]:
         """The steps that everything the layer put out took, and nothing else happened to it before."""
         return common_way([value.way() for value in self.values if value.layer == name])
+
+    def sums(self, name: str) -> bool:
+        """Whether the layer ran once, and the one use of what it put out, at the end of its way, is a sum with another tensor before another layer
+        ran.
+        """
+        values = [value for value in self.values if value.layer == name]
+        end = tuple(step_name(step) for step in self.way(name))
+        return len(values) == 1 and len(values[0].uses) == 1 and values[0].summed == [end]
 
     def sole_reader(self, name: str) -> str | None:
         """The layer whose input is the one use of what the layer put out; None where there are other uses, or none."""
@@ -121,7 +130,7 @@ class Recorder(TorchDispatchMode):
             if out is None:  # the forward raised
                 self.inside = False
                 return
-            value = Value(name)
+            value = Value(name, (tuple(out.shape), out.stride()) if isinstance(out, Tensor) and _has_storage(out) else None)
             self.seen.calls.append(name)
             self.seen.values.append(value)
             kind = layers.find_kind(module)
@@ -131,7 +140,7 @@ class Recorder(TorchDispatchMode):
                 self.seen.rows[name] = self.seen.rows.get(name, 0) + len(kind.outputs(module, part, call))
                 # without a batch, a convolution's outputs come first
                 place = kind.channel if kind.channel < 0 or out.dim() > 1 + len(getattr(module, "kernel_size", ())) else 0
-                self._put(out, value, (), (out.shape[place], out.stride(place)) if out.dim() else None)
+                self._put(out, value, (), (out.shape[place], out.stride(place)) if out.dim() else None, ordered=True)
             self.inside = False
 
         return before, after
@@ -143,10 +152,12 @@ class Recorder(TorchDispatchMode):
         cell.value.used_by(reader, cell.stage)
         return (cell.value.layer, cell.stage) if cell.is_whole(tensor) and not cell.pooled else None
 
-    def _put(self, tensor: Tensor, value: Value, stage: Stage, channel: tuple[int, int] | None, *, pooled: bool = False) -> None:
+    def _put(
+        self, tensor: Tensor, value: Value, stage: Stage, channel: tuple[int, int] | None, *, pooled: bool = False, ordered: bool = False
+    ) -> None:
         if _has_storage(tensor):
             place = int(tensor.storage_offset()), tensor.numel(), tensor.dtype
-            self.cells[storage_of(tensor)] = Cell(value, stage, *place, channel, pooled)
+            self.cells[storage_of(tensor)] = Cell(value, stage, *place, channel, pooled, ordered)
 
     def finish(self, output: Any) -> None:
         """Note what the model returns; its values are then used outside the network."""
@@ -183,19 +194,32 @@ class Recorder(TorchDispatchMode):
         if step is not None:
             cell.value.steps.setdefault(cell.stage, []).append(step)
             # in place this is the same storage, which held the value before the step
-            self._put(results[0], cell.value, (*cell.stage, step_name(step)), _channel_of(cell, tensor, results[0]), pooled=cell.pooled)
+            ordered = cell.ordered and tensor.stride() == results[0].stride()
+            channel = _channel_of(cell, tensor, results[0])
+            self._put(results[0], cell.value, (*cell.stage, step_name(step)), channel, pooled=cell.pooled, ordered=ordered)
         elif whole and cell.active and args and tensor is args[0] and cell.stage[-1] == "relu" and find(func, args, kwargs) == RELU:
             self._put(results[0], cell.value, cell.stage, cell.channel, pooled=cell.pooled)  # once more changes nothing
         elif whole and func in _COPIES and out.numel() == tensor.numel() and out.dtype == tensor.dtype:
-            self._put(out, cell.value, cell.stage, _channel_of(cell, tensor, out), pooled=cell.pooled)
+            ordered = cell.ordered and tensor.stride() == out.stride()
+            self._put(out, cell.value, cell.stage, _channel_of(cell, tensor, out), pooled=cell.pooled, ordered=ordered)
         elif whole and func in _MAXIMA and not cell.active and not written:
             self._put(results[0], cell.value, cell.stage, None, pooled=True)
         elif not written and results and all(storage_of(leaf) == storage and cell.is_whole(leaf) for leaf in results):
             pass  # a view of the whole value: the storage says so itself
         else:
+            # what a layer behind it has put out changes when that layer is pruned
+            last = bool(self.seen.calls) and self.seen.calls[-1] == cell.value.layer
+            if whole and last and func in _SUMS and not cell.active and not cell.pooled and cell.laid_out_as(tensor):
+                other = _added(tensor, args, kwargs)
+                if other is not None:
+                    cell.value.summed.append(cell.stage)
+                    self.note_sum(cell.value.layer, tensor, other, out)
             cell.value.used_by(func, cell.stage)
             if written:
                 del self.cells[storage]
+
+    def note_sum(self, layer: str, value: Tensor, other: Tensor, out: Tensor) -> None:
+        """Called for every sum ``out`` of a layer's ``value`` and another tensor; either may have been written into."""
 
     def _step(self, cell: Cell, tensor: Tensor, func: Any, args: Any, kwargs: Any) -> Step | None:
         """The step that the operation is, if the value can take it at its stage."""
@@ -216,6 +240,13 @@ def _channel_of(cell: Cell, before: Tensor, after: Tensor) -> tuple[int, int] | 
 
 def _input_of(name: str) -> str:
     return f"layer {name!r}"
+
+
+def _added(value: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """What is added to the value, entry by entry; None where it is no other tensor of its shape."""
+    others = [arg for arg in args[:2] if arg is not value]
+    fits = len(others) == 1 and isinstance(others[0], Tensor) and others[0].shape == value.shape and kwargs.get("alpha", 1) == 1
+    return others[0] if fits else None
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation
 from nettrim.layers import copy_of
+from nettrim.passes import evaluation
 from nettrim.stages import Block, Part, Stage
 from nettrim.tracing import Trace, TracedLayer
 

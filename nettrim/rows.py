@@ -6,6 +6,7 @@ A chunk is what a computation over P rows may hold at a time, so that P never de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,29 @@ PICKED_ELEMENTS = 32_000_000  # of some columns of rows in memory: up to here th
 BLOCK_ELEMENTS = 125_000  # of a block of neurons' weights: what is computed from it stays in the processor's cache
 
 Stream = Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A stream of rows whose numbers were looked at where they were made: what reading it once would say.
+
+    Attributes
+    ----------
+    chunks : callable
+        Returns a fresh iterable of row chunks each time.
+    count, width : int
+    dtype : torch.dtype
+    device : torch.device
+    """
+
+    chunks: Stream
+    count: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self) -> Iterable[Any]:
+        return self.chunks()
 
 
 def _floating(value: object, name: str) -> Tensor:
@@ -94,7 +118,7 @@ class Rows:
     Raises
     ------
     ArgumentError
-        Shapes, dtypes or values that don't fit. A stream is read once to count and to check its rows.
+        Shapes, dtypes or values that don't fit. A stream is read once to count and to check its rows, if they are not `Checked`.
     """
 
     def __init__(self, inputs: object, targets: object, upper: object = None, *, floor: Tensor | None = None) -> None:
@@ -110,7 +134,10 @@ class Rows:
                 self._target_stream = targets
             else:
                 self.targets = as_rows(targets, "targets")
-            self._read_once(floor)
+            if isinstance(inputs, Checked) and isinstance(targets, Checked):
+                self.count, self.width, self.outputs, self.dtype, self.device = inputs.count, inputs.width, targets.width, inputs.dtype, inputs.device
+            else:
+                self._read_once(floor)
         else:
             self.inputs = as_rows(inputs, "inputs")
             self.targets = as_rows(targets, "targets", like=self.inputs)

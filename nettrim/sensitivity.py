@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation, tensors_in
+from nettrim.passes import evaluation, tensors_in
 from nettrim.tracing import TracedLayer
 
 _DRAWS = 4  # of signs a batch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim import calibration as calibrations
-from nettrim import capture, layers
+from nettrim import capture, layers, passes
 from nettrim.errors import ArgumentError, CalibrationError, NetTrimError
 from nettrim.tracing import Trace, TracedLayer, trace
 
@@ -136,7 +136,7 @@ def _proven(model: nn.Module, pairs: list[_Pair], batches: list[Any], run: calib
         index, digit = todo[-1]
         names = {pair.layer.name for pair in pairs}
         probe = _Probe()
-        with capture.evaluation(model), _marked(model, pairs, digit, probe):
+        with passes.evaluation(model), _marked(model, pairs, digit, probe):
             try:
                 calibrations.run_batch(model, batches[index], index, run)
                 probe.refuted |= names - probe.read

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nettrim import capture
 from nettrim.accumulation import accumulated
@@ -28,6 +28,31 @@ class Part(NamedTuple):
 
     dense: list[Any]
     pruned: list[Any]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How layers are to be observed.
+
+    Attributes
+    ----------
+    cascade : bool
+        Inputs are those of the network pruned so far.
+    sums : bool
+        Where a layer's output is added to something, it is wanted by how much that is off.
+    max_rows, seed, hold, unfold
+        Of :func:`nettrim.observing.observe`.
+    """
+
+    cascade: bool
+    sums: bool
+    max_rows: int | None
+    seed: int
+    hold: bool
+    unfold: bool
+
+    def wants_sum(self, layer: TracedLayer) -> bool:
+        return self.cascade and self.sums and layer.summed
 
 
 @dataclass(eq=False)
@@ -55,11 +80,11 @@ class Stage:
     held: Part
     device: torch.device | str | None
 
-    def observe(self, layer: TracedLayer, *, cascade: bool, max_rows: int | None, seed: int, hold: bool, unfold: bool) -> Layer:
+    def observe(self, layer: TracedLayer, ask: Ask) -> Layer:
         """What the layer's program needs; see :func:`nettrim.observing.observe`."""
-        there = self.pruned if cascade else None
-        return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=max_rows, seed=seed, hold=hold,
-                       unfold=unfold, pruned_batches=self.solve.pruned)  # fmt: skip
+        there = self.pruned if ask.cascade else None
+        return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=ask.max_rows, seed=ask.seed, hold=ask.hold,
+                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer))  # fmt: skip
 
     def kept_out(self, layer: TracedLayer, *, cascade: bool) -> Layer:
         """The same of the samples kept out."""
@@ -81,14 +106,14 @@ class Block(Stage):
     ends: list[Any] = field(default_factory=list)
     _dense: dict[str, list[Seen]] = field(default_factory=dict)
     _groups: dict[str, str] | None = None
-    _inputs: tuple[str, list[Tensor]] | None = None
+    _inputs: tuple[str, list[Seen]] | None = None
     _gram: tuple[tuple[str, bool], Gram] | None = None
 
-    def observe(self, layer: TracedLayer, *, cascade: bool, max_rows: int | None, seed: int, hold: bool, unfold: bool) -> Layer:
+    def observe(self, layer: TracedLayer, ask: Ask) -> Layer:
         if any(other.matrix.kind.repeats or not other.matrix.kind.observed for other in self.layers):
-            return super().observe(layer, cascade=cascade, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold)
+            return super().observe(layer, ask)
         if self._groups is None:
-            self._look()
+            self._look(ask)
         assert self._groups is not None
         group = self._groups[layer.name]
         if self._inputs is not None and self._inputs[0] != group:
@@ -98,25 +123,26 @@ class Block(Stage):
         try:
             return observed(
                 layer,
-                partial(self._given, layer),
-                partial(self._disturbed, layer, group) if cascade else None,
+                partial(self._given, layer, ask),
+                partial(self._disturbed, layer, group, ask) if ask.cascade else None,
                 device=self.device,
-                max_rows=max_rows,
-                seed=seed,
-                hold=hold,
-                unfold=unfold,
+                max_rows=ask.max_rows,
+                seed=ask.seed,
+                hold=ask.hold,
+                unfold=ask.unfold,
                 gram=self._gram[1],
             )
         finally:
             self._dense.pop(layer.name, None)
 
-    def _look(self) -> None:
+    def _look(self, ask: Ask) -> None:
         """Run the dense block once: what its layers are given and give, where that can be held, and which are given the same."""
         held = sum(layer.rows * sum(layer.matrix.shape) for layer in self.layers) <= HELD_ELEMENTS
         matrices = {layer.name: layer.matrix for layer in self.layers}
+        summed = [layer.name for layer in self.layers if held and ask.wants_sum(layer)]
         groups: dict[str, str] | None = None
         self.ends = []
-        for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device):
+        for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed):
             self.ends.append(output)
             firsts: dict[int, str] = {}
             here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
@@ -127,16 +153,22 @@ class Block(Stage):
                     self._dense.setdefault(name, []).append(seen)
         self._groups = groups
 
-    def _given(self, layer: TracedLayer) -> Iterator[tuple[Tensor, Tensor]]:
+    def _given(self, layer: TracedLayer, ask: Ask) -> Iterator[Seen]:
         if layer.name in self._dense:
-            return ((seen.kept, seen.Z) for seen in self._dense[layer.name])
-        return capture.kept(self.dense, self.solve.dense, self.run, layer.matrix, device=self.device)
+            return iter(self._dense[layer.name])
+        return capture.kept(self.dense, self.solve.dense, self.run, layer.matrix, device=self.device, summed=ask.wants_sum(layer))
 
-    def _disturbed(self, layer: TracedLayer, group: str) -> Iterator[Tensor]:
-        """What the layers of the group are given in the pruned block: it does not depend on their own weights."""
-        if self._inputs is None:
-            found = capture.kept(self.pruned, self.solve.pruned, self.run, layer.of(self.pruned), device=self.device)
+    def _disturbed(self, layer: TracedLayer, group: str, ask: Ask) -> Iterator[Seen]:
+        """What the layers of the group are given in the pruned block: it does not depend on their own weights; what is added to them may."""
+        if self._inputs is None or ask.wants_sum(layer):
+            matrix, summed = layer.of(self.pruned), ask.wants_sum(layer)
+            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed)
+            found = (seen._replace(Z=seen.Z.new_empty(0)) for seen in found)  # of no use
             if layer.name not in self._dense:  # too much to hold
-                return (kept for kept, _ in found)
-            self._inputs = group, [kept for kept, _ in found]
+                return found
+            if summed:
+                seen = list(found)
+                self._inputs = group, [each._replace(beside=None) for each in seen]
+                return iter(seen)
+            self._inputs = group, list(found)
         return iter(self._inputs[1])

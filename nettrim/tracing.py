@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nettrim import layers
 from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation
 from nettrim.layers import Matrix
+from nettrim.passes import evaluation
 from nettrim.recorder import PassRecord, Recorder, extent_of, overlap, storage_of
 from nettrim.values import common_way, step_name
 
@@ -44,6 +44,9 @@ class TracedLayer:
         By what factor rows can differ more than the layer's inputs do.
     rows : int
         How many rows there are in all batches.
+    summed : bool
+        Whether, in every batch, the layer's output (after its BatchNorm) is added to another tensor before another layer runs, and used for nothing
+        else.
     """
 
     name: str
@@ -56,6 +59,7 @@ class TracedLayer:
     reads_alone: bool = False
     spread: float = 1.0
     rows: int = 0
+    summed: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -280,7 +284,8 @@ def _merge(supported: dict[str, nn.Module], runs: list[PassRecord], reasons: dic
             rows = sum(run.rows.get(name, 0) for run in runs)
             reason = reasons.get(name)
             alone_too = alone and own is not None
-            merged.append(TracedLayer(matrix.name_in(name), name, matrix, function, norm, own, reason, alone_too, spread, rows))
+            summed = matrix.kind.observed and not matrix.kind.repeats and all(run.sums(name) for run in runs)
+            merged.append(TracedLayer(matrix.name_in(name), name, matrix, function, norm, own, reason, alone_too, spread, rows, summed))
     return tuple(merged)
 
 

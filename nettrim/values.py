@@ -18,9 +18,11 @@ class Value:
     """The output of one call of a layer, and what became of it: a normalisation, an activation, or one behind the other."""
 
     layer: str
+    layout: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # shape and strides of what the layer put out
     steps: dict[Stage, list[Step]] = field(default_factory=dict)  # the steps that were taken from a stage
     others: dict[Stage, str] = field(default_factory=dict)  # the first other use at a stage
     uses: list[str] = field(default_factory=list)  # every use, whatever the stage, but the steps
+    summed: list[Stage] = field(default_factory=list)  # the stages at which it was added to another tensor, entry by entry, laid out as it was
 
     def used_by(self, what: object, stage: Stage) -> None:
         self.uses.append(str(what))
@@ -62,6 +64,7 @@ class Cell:
     dtype: torch.dtype
     channel: tuple[int, int] | None  # size and stride of the dimension that counts the layer's outputs, where that is known
     pooled: bool  # maxima of the value: an activation that never falls could as well have come before
+    ordered: bool = False  # whether the elements lie in the order in which the layer put them out
 
     @property
     def active(self) -> bool:
@@ -73,6 +76,13 @@ class Cell:
         place = (tensor.storage_offset(), tensor.numel(), tensor.dtype)
         same = place == (self.offset, self.numel, self.dtype)
         return same and _is_dense(tensor) and not tensor.is_neg() and not tensor.is_conj()
+
+    def laid_out_as(self, tensor: Tensor) -> bool:
+        """Whether a tensor that is the whole value has the elements where the layer's output had them, but for a reshape of rows without gaps."""
+        if not self.ordered or self.value.layout is None:
+            return False
+        shape, strides = self.value.layout
+        return (tuple(tensor.shape), tensor.stride()) == (shape, strides) or (tensor.is_contiguous() and _contiguous(shape) == strides)
 
     def dimension(self, tensor: Tensor) -> int | None:
         """Which dimension of a tensor that is the whole value counts the layer's outputs; of one output, any of size 1 does."""
@@ -90,6 +100,11 @@ def common_way(ways: list[tuple[Step, ...]]) -> tuple[Step, ...]:
             break
         found.append(steps[0])
     return tuple(found)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps, its last dimension the innermost."""
+    return torch.empty(shape, device="meta").stride()
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nettrim import layers
 from nettrim.activations import RELU
 from nettrim.budgets import Budget, make_budget
+from nettrim.capture import Seen
 from nettrim.observing import Layer, Observation
 
 
@@ -22,7 +23,7 @@ def layer(
     module = nn.Linear(6 if bias else 7, 4, bias=bias, dtype=dtype)
     matrix = layers.only_matrix(module)
     matrix.write_back(W)
-    seen = Observation(matrix, None, lambda: iter([((A + noise).to(dtype)[:, : 7 - bias], (A @ W.T).to(dtype))]))
+    seen = Observation(matrix, None, lambda: iter([Seen((A + noise).to(dtype)[:, : 7 - bias], (A @ W.T).to(dtype))]))
     return Layer("fc", matrix, W.to(dtype), None, RELU if activation else None, disturbed, seen)
 
 

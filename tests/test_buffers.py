@@ -8,7 +8,7 @@ from networks import same_bits, samples, state_of
 from torch import Tensor, nn
 
 import nettrim
-from nettrim import capture, safeguard
+from nettrim import passes, safeguard
 from nettrim.buffers import Buffers
 
 INPUTS = samples(100, 8)
@@ -105,7 +105,7 @@ def test_a_model_with_such_a_buffer_is_pruned_and_left_as_it_was(name: str, fail
 def test_what_was_not_changed_stays_the_same_tensor_and_is_not_written_into() -> None:
     model = Holder(torch.ones(1, 1).expand(3, 3))
     buffer, version = model.n, model.n._version  # type: ignore[union-attr]
-    with capture.evaluation(model):
+    with passes.evaluation(model):
         model(INPUTS)
     assert model.n is buffer and buffer._version == version  # type: ignore[union-attr]
 
@@ -113,7 +113,7 @@ def test_what_was_not_changed_stays_the_same_tensor_and_is_not_written_into() ->
 def test_an_expanded_buffer_whose_number_changed_is_replaced_by_a_copy() -> None:
     base = torch.ones(1, 1)
     model = Holder(base.expand(3, 3))
-    with capture.evaluation(model):
+    with passes.evaluation(model):
         base.mul_(2)
     assert torch.equal(model.n, torch.ones(3, 3))  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nettrim
-from nettrim import calibration, capture, layers
+from nettrim import calibration, capture, layers, passes
 from nettrim.errors import CalibrationError
 
 RUN = calibration.runner()
@@ -152,7 +152,7 @@ def test_evaluation_puts_every_flag_back() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()))
     model[1][0].eval()
     before = flags(model)
-    with pytest.raises(KeyError), capture.evaluation(model):
+    with pytest.raises(KeyError), passes.evaluation(model):
         assert not any(flags(model)) and not torch.is_grad_enabled() and not torch.backends.mha.get_fastpath_enabled()
         raise KeyError
     assert flags(model) == before and torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()

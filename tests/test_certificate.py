@@ -13,6 +13,7 @@ from torch import nn
 import nettrim
 from nettrim import Certificate, ConvergenceError, LayerReport, NetTrimError, layers
 from nettrim.activations import RELU
+from nettrim.capture import Seen
 from nettrim.certificate import certify, stored_discrepancy
 from nettrim.observing import Layer, Observation
 
@@ -185,6 +186,6 @@ def test_the_discrepancy_is_that_of_the_stored_weights(dtype: torch.dtype) -> No
     for activation, expected in ((RELU, out.clamp(min=0) - Y), (None, out - Y)):
         given = ones if dtype == torch.float64 else ones.float()
         matrix = layers.only_matrix(module)
-        seen = Observation(matrix, None, lambda rows=given: iter([(rows[:, :-1], Y.to(rows))]))
+        seen = Observation(matrix, None, lambda rows=given: iter([Seen(rows[:, :-1], Y.to(rows))]))
         measured = stored_discrepancy(matrix, Layer("fc", matrix, matrix.as_matrix().to(given), None, activation, False, seen))
         assert measured == pytest.approx(float(expected.norm()), rel=4 * torch.finfo(dtype).eps + 1e-6)

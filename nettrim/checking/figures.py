@@ -16,6 +16,7 @@ from nettrim.report import LayerReport
 
 _PROVEN = 1e-6  # relative to the objective: how much a bound computed twice in float64 may differ
 _METRIC = 1e-5  # relative: a metric is summed in the network's dtype
+_ADDED = 4.0  # units of its dtype: what is added to a layer's output went through layers before
 _GROUPED = 1e-3  # each group keeps a budget of its own, and only their sum is known here
 _ONE_SIDED = 1e-4  # of the papers' set, whose stored weights may break z ≤ v by 2e-5 of the budget
 
@@ -127,11 +128,13 @@ def _objective(pair: LayerPair, asked: Asked) -> tuple[float | None, float]:
     whole = np.abs(pair.folded(pair.pruned))
     weight, bias = (whole[:, :-1], whole[:, -1]) if pair.pruned.has_bias else (whole, None)
     if asked.counts:
-        square = found.leaning if asked.mode == "cascade" and asked.repair < 1 and pair.measured.disturbed(size.kept) else found.straight
+        leans = asked.mode == "cascade" and asked.repair < 1 and pair.measured.disturbed(size.kept)
+        square = found.leaning if leans or pair.summed else found.straight
         root, stretch = math.sqrt(square), 1.0
         if pair.metric is not None:
             stretch = math.sqrt(float(np.linalg.norm(pair.metric, 2) if pair.metric.ndim == 2 else pair.metric.max()))
-        slack = of_norm(root, stretch * size.noise, size.entries)
+        noise = size.noise + _ADDED * EPS[size.dtype] * math.sqrt(found.beside_square)
+        slack = of_norm(root, stretch * noise, size.entries)
         return 0.5 * square, slack * (root + 0.5 * slack) + (0.0 if pair.metric is None else _METRIC * square)
     if asked.penalty == "l0":
         return float(np.count_nonzero(weight)), 0.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,22 @@ from torch.utils._pytree import tree_map
 
 from nettrim import layers
 from nettrim.calibration import Run, run_batch
-from nettrim.capture import evaluation, tensors_in
 from nettrim.checking.behind import Array, Behind
 from nettrim.layers import Matrix
+from nettrim.passes import evaluation, tensors_in
+from nettrim.sums import Sums
 
 _ROUNDING = 100.0  # units: a smaller difference of inputs is none (docs/method.md)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a layer: what it was given and what it gave, before anything else changed it."""
+    """One call of a layer: what it was given and what it gave, before anything else changed it; and what that was added to, if it was asked for."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    beside: Tensor | None = None
 
     def through(self, module: nn.Module, dtype: torch.dtype | None = None, *, absolute: bool = False) -> Tensor:
         """What the forward of ``module`` makes of the same input, in another dtype if one is given; hooks are not run."""
@@ -88,7 +90,9 @@ class Measured:
         The same of the stored weights.
     straight, leaning : float
         ``‖A Wᵀ − T‖²``, in the layer's metric if it has one, of the stored weights for targets ``T`` before the activation: the dense network's, or
-        leaning to the pruned stream (``repair``).
+        those that make its sum, leaning to the pruned stream (``repair``).
+    beside_square : float
+        ``‖B‖²`` of what the outputs are added to in the dense network.
     sums_square : float
         ``‖|A| |W|ᵀ‖²``, of the larger of both weights entry by entry.
     input_difference, input_square : float
@@ -106,6 +110,7 @@ class Measured:
     off: float = 0.0
     straight: float = 0.0
     leaning: float = 0.0
+    beside_square: float = 0.0
     sums_square: float = 0.0
     input_difference: float = 0.0
     input_square: float = 0.0
@@ -162,6 +167,8 @@ class LayerPair:
         What follows it.
     metric : Array or None, (M, M) or (M,)
         What errors of its outputs cost at the network's, where its program was to heed that.
+    summed : bool
+        Whether its program was about the sum that its outputs are part of.
     measured : Measured
         Over all rows.
     drawn : Measured or None
@@ -173,6 +180,7 @@ class LayerPair:
     pruned: Matrix
     behind: Behind
     metric: Array | None = None
+    summed: bool = False
     measured: Measured = field(default_factory=Measured)
     drawn: Measured | None = None
 
@@ -189,6 +197,11 @@ class LayerPair:
         """``u``, (p, M), of a call; of another ``output`` of the same call if one is given."""
         whole = layers.Call(call.args, call.kwargs, call.output if output is None else output)
         return self.behind.scaled(numbers(self.dense.output_rows(whole)))
+
+    def beside(self, call: Call) -> Array:
+        """What was added to ``u`` of a call, (p, M)."""
+        assert call.beside is not None
+        return numbers(self.dense.output_rows(layers.Call(call.args, call.kwargs, call.beside.reshape(call.output.shape))))
 
     def given(self, call: Call) -> Array:
         """What the layer was given, as its kind keeps it."""
@@ -214,14 +227,22 @@ class LayerPair:
         output = self.rows(source, source.through(self.pruned.module)) if parallel or after is None else after
         V, Z = (self.rows(source, source.through(exact, torch.float64)) for exact in (exact_dense, exact_pruned))
         sums = self.rows(source, source.through(_larger(exact_dense, exact_pruned), torch.float64, absolute=True))
-        everything = (before, output, V, Z, behind.lipschitz * np.abs(sums))
+        aim, added = before, np.zeros_like(before)
+        if self.summed and seen is not None:
+            added = self.beside(call)
+            aim = before + (added - self.beside(seen))
+        everything = (before, output, V, Z, behind.lipschitz * np.abs(sums), aim, added)
         self._sum(self.measured, repair, *everything)
         if keep is not None:
             assert self.drawn is not None
             self._sum(self.drawn, repair, *(array[keep] for array in everything))
 
-    def _sum(self, found: Measured, repair: float, before: Array, output: Array, V: Array, Z: Array, sums: Array) -> None:
-        """Add rows to sums: the dense layer's, the stored layer's as run, both in exact arithmetic, and sums of sizes, each (p, M)."""
+    def _sum(
+        self, found: Measured, repair: float, before: Array, output: Array, V: Array, Z: Array, sums: Array, aim: Array, added: Array
+    ) -> None:
+        """Add rows to sums: the dense layer's, the stored layer's as run, both in exact arithmetic, sums of sizes, what would make the dense sum, and
+        what is added there, each (p, M).
+        """
         behind = self.behind
         Y, targets = behind.output(before), behind.targets(before)
         found.entries += Y.size
@@ -232,7 +253,8 @@ class LayerPair:
         on, off = behind.misfit(Z, targets)
         found.on, found.off = found.on + on, found.off + off
         found.straight += self._weighed(Z - before)
-        found.leaning += self._weighed(Z - (repair * before + (1 - repair) * V))
+        found.leaning += self._weighed(Z - (repair * aim + (1 - repair) * V))
+        found.beside_square += _square(added)
         found.sums_square += _square(sums)
 
     def _weighed(self, D: Array) -> float:
@@ -263,12 +285,16 @@ def _square(array: Array) -> float:
 
 
 def pass_over(
-    dense: nn.Module, pruned: nn.Module, names: list[str], batches: list[Any], run: Run
+    dense: nn.Module, pruned: nn.Module, names: list[str], batches: list[Any], run: Run, summed: Collection[str] = ()
 ) -> Iterator[tuple[dict[str, Call], dict[str, Call], Any, Any]]:
-    """Both networks over every batch: the calls of the layers ``names`` in each, and both outputs."""
+    """Both networks over every batch: the calls of the layers ``names`` in each, with what ``summed`` ones are added to, and both outputs."""
     with evaluation(dense), evaluation(pruned), listening(dense, names) as ours, listening(pruned, names) as theirs:
         for index, batch in enumerate(batches):
-            ours.clear()
-            theirs.clear()
-            outputs = [run_batch(model, batch, index, run) for model in (dense, pruned)]
+            outputs = []
+            for model, calls in ((dense, ours), (pruned, theirs)):
+                calls.clear()
+                sums = Sums({name: model.get_submodule(name) for name in summed})
+                with sums.hooks(), sums if summed else contextlib.nullcontext():
+                    outputs.append(run_batch(model, batch, index, run))
+                calls.update({name: replace(calls[name], beside=beside) for name, beside in sums.beside.items()})
             yield dict(ours), dict(theirs), *outputs

@@ -51,6 +51,7 @@ class Work:
                 self.others[layer.name],
                 Behind.of(self.by_name[layer.name]),
                 self._metric(metrics.get(layer.name), self.matrices[layer.name].groups),
+                self._summed(layer.name),
             )
             for layer in report.layers
             if layer.name not in self.unchecked
@@ -71,6 +72,11 @@ class Work:
         if matrix.kind.repeats or matrix.kind.feeds_itself:
             return f"a {kind} runs several times in a pass, or on what it put out itself"
         return None
+
+    def _summed(self, name: str) -> bool:
+        """Whether a layer's program was about the sum that its outputs are part of."""
+        asked = self.asked
+        return asked.counts and asked.mode == "cascade" and float(asked.repair) > 0 and self.by_name[name].summed
 
     @staticmethod
     def _metric(metric: Tensor | None, groups: int) -> Array | None:
@@ -110,7 +116,8 @@ class Work:
     def calls(self, names: list[str]) -> Iterator[tuple[str | None, Any, Any, Array | None]]:
         """Every call of the layers ``names``, dense and pruned, with the rows of it that count; and the outputs, under None."""
         start = dict.fromkeys(names, 0)
-        for ours, theirs, dense_output, pruned_output in pass_over(self.dense, self.pruned, names, self.batches, self.run):
+        summed = [name for name, pair in self.pairs.items() if pair.summed]
+        for ours, theirs, dense_output, pruned_output in pass_over(self.dense, self.pruned, names, self.batches, self.run, summed):
             for name in names:
                 if name not in self.pairs:
                     continue
@@ -129,7 +136,9 @@ class Work:
 
     def _alike(self, call: Call, seen: Call | None) -> bool:
         """Whether a call in the dense network and that in the pruned one can be compared; in parallel mode nothing but the former is needed."""
-        return self.asked.mode == "parallel" or (seen is not None and seen.output.shape == call.output.shape)
+        if self.asked.mode == "parallel":
+            return True
+        return seen is not None and seen.output.shape == call.output.shape and (seen.beside is None) == (call.beside is None)
 
     def measure(self) -> Outputs:
         """Run everything once (twice where rows are drawn: their number is needed first), and sum it up."""
@@ -158,7 +167,7 @@ class Work:
 
     def measure_kept_out(self, batches: list[Any]) -> tuple[dict[str, LayerPair], Outputs]:
         """The same sums over the samples kept out, without those layers that do not run alike on them."""
-        fresh = {name: dataclasses.replace(pair, measured=Measured(), drawn=None) for name, pair in self.pairs.items()}
+        fresh = {name: dataclasses.replace(pair, summed=False, measured=Measured(), drawn=None) for name, pair in self.pairs.items()}
         pairs, outputs = fresh if batches else {}, Outputs()
         for ours, theirs, dense_output, pruned_output in pass_over(self.dense, self.pruned, list(pairs), batches, self.run):
             outputs.add(dense_output, pruned_output)
