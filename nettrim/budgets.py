@@ -25,10 +25,9 @@ from nettrim.errors import ArgumentError
 from nettrim.layers.convolution import Convolutional
 from nettrim.observing import HELD_ELEMENTS, Layer
 from nettrim.operators import Convolution, of_matrix
-from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual
-from nettrim.rows import Checked, Stream
+from nettrim.rows import Stream
 from nettrim.solvers import cg_admm
 
 
@@ -112,7 +111,7 @@ def make_budget(
             f"consistency='paper' bounds every output of layer {layer.name!r} on its own, whose {layer.rows} rows are not held; give max_rows, or "
             "consistency='relaxed'" + (", or solver='auto'" if isinstance(layer.matrix.kind, Convolutional) and not itself else "")
         )
-    omega = _omega(layer, 0.0 if penalty == "l0" else bias_weight)
+    omega = l1_weights(layer, 0.0 if penalty == "l0" else bias_weight)
     one_sided = layer.disturbed and consistency == "paper" and layer.relu
     inflated = layer.disturbed and not own
     whole = _sizes(layer, layer.observation.chunks(), misfits=inflated or one_sided)
@@ -127,7 +126,7 @@ def make_budget(
 
     programs = []
     for group, (inputs, targets) in enumerate(_program_rows(layer)):
-        inside = _rows_of(layer, group)
+        inside = rows_of(layer, group)
         inputs = inputs if inputs_held is None else of_matrix(layer.matrix, group, inputs_held)
         programs.append(
             LayerProgram(
@@ -149,49 +148,6 @@ def make_budget(
     beside = float(whole.off.sum()) if one_sided else 0.0
     promise = layer.lipschitz * math.sqrt(float(squared(whole).sum()) + beside)
     return Budget(tuple(programs), promise, factor)
-
-
-def make_selection(
-    layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, support: Tensor | None, metric: Tensor | None
-) -> Budget:
-    """The programs of one layer that is to have a share ``sparsity`` of zeros in a pattern.
-
-    Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the
-    program sees ``G`` and ``C`` alone. The bias does not count and is fitted.
-
-    What the layer's output is added to, ``B`` (P, M), may be off too: the targets ``A Wᵀ + B − B̂`` make the dense network's sum.
-    Below a ``repair`` of 1 they lean towards what the dense weights make of the disturbed inputs, ``repair · (A Wᵀ + B − B̂) + (1 − repair) · Â Wᵀ``.
-    With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it says which do. ``metric``, (M, M) or (M,), is the
-    program's.
-    The groups of a grouped layer share its number of weights by ``‖a_j‖² w²``, what each weight puts out.
-    """
-    M, N = layer.matrix.shape
-    omega = _omega(layer, 0.0)
-    lean = repair if repair < 1 and (layer.disturbed or layer.observation.summed) else None
-    if pattern is NEURON:
-        assert support is not None
-        kept = [int(support[_rows_of(layer, group), :N].sum()) for group in range(layer.groups)]
-        pattern = UNSTRUCTURED
-    else:
-        kept = _shared(layer, pattern, sparsity, support)
-    known = layer.aims
-    programs = []
-    for group, (inputs, targets) in enumerate(_selection_rows(layer, lean)):
-        inside = _rows_of(layer, group)
-        programs.append(
-            LayerProgram(
-                inputs,
-                targets,
-                nonzeros=kept[group],
-                activation=None,
-                l1_weights=omega,
-                pattern=pattern.text,
-                metric=None if metric is None else (metric[inside] if metric.ndim == 1 else metric[inside, inside]).to(layer.dense),
-                support=None if support is None else support[inside].to(layer.dense.device),
-                moments=known if known is None or lean is None else known.leaning(lean, layer.dense),
-            )
-        )
-    return Budget(tuple(programs), None, None)
 
 
 def misfit(layer: Layer, W: Tensor) -> float:
@@ -216,7 +172,7 @@ def _distance(layer: Layer, Z: Tensor, targets: Tensor) -> Tensor:
     return residual(Z, targets, relu=layer.relu, floor=floor, ceiling=ceiling)
 
 
-def _omega(layer: Layer, bias_weight: float) -> Tensor:
+def l1_weights(layer: Layer, bias_weight: float) -> Tensor:
     """``ω`` of a group's columns, (N,)."""
     N = layer.matrix.shape[1]
     weights = torch.ones(N + layer.matrix.has_bias, dtype=layer.dense.dtype, device=layer.dense.device)
@@ -224,7 +180,8 @@ def _omega(layer: Layer, bias_weight: float) -> Tensor:
     return weights
 
 
-def _rows_of(layer: Layer, group: int) -> slice:
+def rows_of(layer: Layer, group: int) -> slice:
+    """Which rows of the weights are a group's."""
     return layer.observation.columns(group)[1]
 
 
@@ -256,75 +213,23 @@ def _program_rows(layer: Layer) -> Iterator[tuple[Tensor | Stream, Tensor | Stre
         if held is not None:
             yield held[0][:, columns], aim(held[0], held[1][:, outputs])
             continue
-        yield _stream(layer, group, lambda A, U: A), _targets(layer, group, aim)
+        yield _stream(layer, group, lambda A, U: A), held_targets(layer, _stream(layer, group, aim))
 
 
-def _selection_rows(layer: Layer, repair: float | None) -> Iterator[tuple[Tensor | Stream, Tensor | Stream]]:
-    """The same of each group's program with a number of weights, whose targets may lean.
-
-    Where sums over the rows are known, which is all that such a program asks for first, targets are made only when they are read.
-    """
-    seen = layer.observation
-    for group in range(layer.groups):
-        columns, outputs = seen.columns(group)
-
-        def aim(A: Tensor, T: Tensor, outputs: slice = outputs) -> Tensor:
-            return T if repair is None else torch.lerp(A @ layer.dense[outputs].T, T, repair)
-
-        if layer.aims is not None and not seen.leaves:
-            width, count = layer.dense.shape[1], layer.rows if layer.drawn is None else len(layer.drawn.A)
-            like = layer.dense
-            inputs = Checked(_made(layer, lambda A, T: A), count, width, like.dtype, like.device)
-            yield inputs, Checked(_made(layer, aim), count, len(like), like.dtype, like.device)
-        elif layer.drawn is not None:
-            A = layer.drawn.A[:, columns]
-            yield A, aim(A, layer.drawn.aims[:, outputs])
-        elif seen.rows is not None:
-            A = seen.rows[0][:, columns]
-            yield A, torch.cat([aim(A, T) for A, T in seen.aims(group)])
-        else:
-            yield _stream(layer, group, lambda A, U: A), _targets(layer, group, aim, summed=True)
+def _stream(layer: Layer, group: int, made: Callable[[Tensor, Tensor], Tensor]) -> Stream:
+    return lambda: (made(A, U) for A, U in layer.observation.chunks(group))
 
 
-def _stream(layer: Layer, group: int, made: Callable[[Tensor, Tensor], Tensor], *, summed: bool = False) -> Stream:
-    chunks = layer.observation.aims if summed else layer.observation.chunks
-    return lambda: (made(A, U) for A, U in chunks(group))
-
-
-def _made(layer: Layer, made: Callable[[Tensor, Tensor], Tensor]) -> Stream:
-    """Of the rows that a program is solved on."""
-    return lambda: (made(A, T) for A, T in layer.solved_on(summed=True))
-
-
-def _targets(layer: Layer, group: int, aim: Callable[[Tensor, Tensor], Tensor], *, summed: bool = False) -> Tensor | Stream:
-    """Held where they fit: two streams side by side cost two runs of the network."""
-    stream = _stream(layer, group, aim, summed=summed)
+def held_targets(layer: Layer, stream: Stream) -> Tensor | Stream:
+    """The targets of one group, held where they fit: two streams side by side cost two runs of the network."""
     if layer.rows * (layer.matrix.shape[0] // layer.groups) > HELD_ELEMENTS:
         return stream
     return torch.cat(list(stream()))
 
 
-def _shared(layer: Layer, pattern: Pattern, sparsity: float, support: Tensor | None) -> list[int]:
-    """How many weights each group keeps."""
-    M, N = layer.matrix.shape
-    each = (M // layer.groups, N)
-    if layer.groups == 1:
-        return [pattern.kept(each, sparsity)]
-    if pattern is not UNSTRUCTURED:
-        return [pattern.kept(each, sparsity)] * layer.groups
-    squares = sum(A.double().square().sum(0) for A, _ in layer.solved_on())
-    assert isinstance(squares, Tensor)
-    of_columns = squares.view(layer.groups, 1, -1)[..., :N].expand(layer.groups, each[0], N).reshape(M, N)
-    scores = of_columns * layer.dense[:, :N].double().square()
-    if support is not None:
-        scores = torch.where(support[:, :N].to(scores.device), scores, -1.0)
-    mask = pattern.mask(scores, pattern.kept((M, N), sparsity))
-    return [int(count) for count in mask.view(layer.groups, -1).sum(1)]
-
-
 def _upper(layer: Layer, group: int, inputs: Tensor | Stream) -> Tensor:
     """``V = Â Wᵀ`` of a group, rounded up: the dense weights must stay feasible in exact arithmetic, and are all there is where Ω is empty."""
-    dense = layer.dense[_rows_of(layer, group)].double()
+    dense = layer.dense[rows_of(layer, group)].double()
     if isinstance(inputs, Convolution):
         return _rounded_up(inputs.product(dense), layer.dense.dtype)
     assert isinstance(inputs, Tensor)

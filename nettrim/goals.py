@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nettrim import allocation, layers, neurons, selection
 from nettrim.allocation import Curve
-from nettrim.budgets import Budget, make_budget, make_selection
+from nettrim.budgets import Budget, make_budget
 from nettrim.calibration import Run
+from nettrim.counted import make_selection
 from nettrim.errors import ArgumentError
 from nettrim.observing import Layer
 from nettrim.options import Options
@@ -67,6 +68,7 @@ class Goals:
                 sparsity=self.shares[layer.name],
                 pattern=self.pattern,
                 repair=float(options.repair),
+                damping=options.damping,
                 support=support,
                 metric=self.metrics.get(layer.name),
             )

@@ -25,6 +25,16 @@ class Gram:
 
     G: Tensor | None = None
     eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _damped: dict[float, Gram] = field(default_factory=dict)
+
+    def damped(self, damping: float, columns: int) -> Gram:
+        """``G`` with the first so many entries of its diagonal larger by a share ``damping``; made once."""
+        assert self.G is not None
+        if damping not in self._damped:
+            G = self.G.clone()
+            G.diagonal()[:columns] *= 1 + damping
+            self._damped[damping] = Gram(G)
+        return self._damped[damping]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +73,22 @@ class Moments:
 
     def leaning(self, repair: float, dense: Tensor) -> Moments:
         """Those of ``repair · y + (1 − repair) · A wᵀ`` for the weights ``dense`` (M, N)."""
+        if repair == 1:
+            return self
         W = dense.to(self.C)
         V = W @ self.G
         own = (V * W).sum(1)
         squares = repair**2 * self.squares + 2 * repair * (1 - repair) * (self.C * W).sum(1) + (1 - repair) ** 2 * own
         return Moments(self.gram, repair * self.C + (1 - repair) * V, squares)
+
+
+    def damped(self, damping: float, dense: Tensor, columns: int) -> Moments:
+        """Those with a row more for each of the first so many inputs ``j``, ``√damping ‖a_j‖`` there, and what the weights ``dense`` make of it."""
+        if damping == 0:
+            return self
+        W, added = dense.to(self.C), torch.zeros_like(self.C[0])
+        added[:columns] = damping * self.G.diagonal()[:columns]
+        return Moments(self.gram.damped(damping, columns), self.C + W * added, self.squares + (W.square() * added).sum(1))
 
 
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:

@@ -27,6 +27,7 @@ class Options:
     allocation: str
     fidelity: str
     repair: float | str
+    damping: float
     preserve_zeros: bool
     mode: str
     gamma: float
@@ -131,8 +132,10 @@ class Options:
         if self.repair != 1 and (self.epsilon is not None or self.mode == "parallel"):
             why = "a budget is promised against the dense network's output" if self.epsilon is not None else "only a cascade has two streams"
             raise ArgumentError(f"repair={self.repair!r}; expected 1 here: {why}")
-        if self.epsilon is not None and (self.pattern != "unstructured" or self.preserve_zeros):
-            raise ArgumentError("pattern or preserve_zeros was given with epsilon; they go with sparsity")
+        self._number("damping", lambda value: value >= 0, "a number of at least 0")
+        others = {"pattern": self.pattern != "unstructured", "preserve_zeros": self.preserve_zeros, "damping": self.damping != 0}
+        if self.epsilon is not None and any(others.values()):
+            raise ArgumentError(f"{next(name for name in others if others[name])} was given with epsilon; it goes with sparsity")
         if self.sparsity is not None and pattern.share is not None:
             shares = list(self.sparsity.values()) if isinstance(self.sparsity, Mapping) else [self.sparsity]
             if any(value != 1 - pattern.share for value in shares):

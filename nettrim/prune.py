@@ -46,6 +46,7 @@ def prune(
     mode: str = "cascade",
     gamma: float = 1.1,
     repair: float | str = 1.0,
+    damping: float = 0.0,
     preserve_zeros: bool = False,
     kappa: float = 1.0,
     consistency: str = "relaxed",
@@ -106,6 +107,9 @@ def prune(
     repair : float
         Cascade, with ``sparsity``: from 1, every layer makes up for what the layers before it broke (its targets are the dense network's outputs),
         to 0, it keeps to its own weights on its disturbed inputs. ``"auto"`` tries a few and takes the one that does best on the samples kept out.
+    damping : float
+        With ``sparsity``: weights are also kept near the dense ones, by so much as if every input had independent noise of this share of its energy
+        (:mod:`nettrim.counted`). What is pruned then fits the calibration samples less closely, and other inputs better.
     preserve_zeros : bool
         With ``sparsity``: weights that are zero stay so, and count.
     kappa : float
@@ -186,7 +190,7 @@ def prune(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     options = Options(
-        epsilon, sparsity, budget, pattern, allocation, fidelity, repair, preserve_zeros, mode, gamma, kappa, consistency, penalty, reweight,
+        epsilon, sparsity, budget, pattern, allocation, fidelity, repair, damping, preserve_zeros, mode, gamma, kappa, consistency, penalty, reweight,
         solver, tol, max_iter, bias_weight, holdout, max_rows, seed, on_failure, neurons, recalibrate_batchnorm,
     )  # fmt: skip
     options.check()

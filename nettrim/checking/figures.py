@@ -129,7 +129,7 @@ def _objective(pair: LayerPair, asked: Asked) -> tuple[float | None, float]:
     weight, bias = (whole[:, :-1], whole[:, -1]) if pair.pruned.has_bias else (whole, None)
     if asked.counts:
         leans = asked.mode == "cascade" and asked.repair < 1 and pair.measured.disturbed(size.kept)
-        square = found.leaning if leans or pair.summed else found.straight
+        square = (found.leaning if leans or pair.summed else found.straight) + pair.moved()
         root, stretch = math.sqrt(square), 1.0
         if pair.metric is not None:
             stretch = math.sqrt(float(np.linalg.norm(pair.metric, 2) if pair.metric.ndim == 2 else pair.metric.max()))

@@ -96,8 +96,8 @@ class Asked:
 
 _DEFAULTS = {
     "mode": "cascade", "gamma": 1.1, "kappa": 1.0, "consistency": "relaxed", "penalty": "l1", "reweight": 0, "pattern": "unstructured",
-    "allocation": "auto", "fidelity": "layer", "repair": 1.0, "preserve_zeros": False, "tol": 1e-3, "bias_weight": 1.0, "holdout": 0.1, "seed": 0,
-    "recalibrate_batchnorm": False,
+    "allocation": "auto", "fidelity": "layer", "repair": 1.0, "damping": 0.0, "preserve_zeros": False, "tol": 1e-3, "bias_weight": 1.0,
+    "holdout": 0.1, "seed": 0, "recalibrate_batchnorm": False,
 }  # fmt: skip
 
 
@@ -137,6 +137,7 @@ _GOOD: dict[str, Callable[[Any], bool]] = {
     "fidelity": lambda value: value in ("network", "layer"),
     "allocation": lambda value: value in ("auto", "uniform"),
     "repair": lambda value: _real(value, 0, 1),
+    "damping": lambda value: _real(value, 0),
     "preserve_zeros": lambda value: isinstance(value, bool),
     "tol": lambda value: _real(value, 0),
     "bias_weight": lambda value: _real(value, 0),

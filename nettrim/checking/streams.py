@@ -91,6 +91,8 @@ class Measured:
     straight, leaning : float
         ``‖A Wᵀ − T‖²``, in the layer's metric if it has one, of the stored weights for targets ``T`` before the activation: the dense network's, or
         those that make its sum, leaning to the pruned stream (``repair``).
+    columns : Array, (G, N)
+        ``‖â_j‖²`` of every input of each group.
     beside_square : float
         ``‖B‖²`` of what the outputs are added to in the dense network.
     sums_square : float
@@ -110,6 +112,7 @@ class Measured:
     off: float = 0.0
     straight: float = 0.0
     leaning: float = 0.0
+    columns: Array | float = 0.0
     beside_square: float = 0.0
     sums_square: float = 0.0
     input_difference: float = 0.0
@@ -169,6 +172,8 @@ class LayerPair:
         What errors of its outputs cost at the network's, where its program was to heed that.
     summed : bool
         Whether its program was about the sum that its outputs are part of.
+    damping : float
+        How near its program kept the weights to the dense ones.
     measured : Measured
         Over all rows.
     drawn : Measured or None
@@ -181,6 +186,7 @@ class LayerPair:
     behind: Behind
     metric: Array | None = None
     summed: bool = False
+    damping: float = 0.0
     measured: Measured = field(default_factory=Measured)
     drawn: Measured | None = None
 
@@ -207,6 +213,24 @@ class LayerPair:
         """What the layer was given, as its kind keeps it."""
         return numbers(self.dense.kind.inputs(self.dense.module, self.dense.part, layers.Call(call.args, call.kwargs, call.output)))
 
+    def unfolded(self, call: Call) -> Array:
+        """The rows of its inputs, (p, G, N), without the bias's ones."""
+        kept = torch.from_numpy(self.given(call))
+        rows = numbers(self.dense.kind.unfold(self.dense.module, self.dense.part, kept))
+        return rows.reshape(len(rows), self.dense.groups, -1)
+
+    def moved(self) -> float:
+        """``δ Σ_j ‖â_j‖² ‖ŵ_j − w_j‖²``, in the layer's metric if it has one, over the rows that the program was solved on: what is damped."""
+        if self.damping == 0:
+            return 0.0
+        M, N = self.dense.shape
+        G, columns = self.dense.groups, np.asarray(self.solved.columns)
+        change = (self.folded(self.pruned) - self.folded(self.dense))[:, :N]
+        rows = np.zeros((G, N, M))
+        for group, part in enumerate(np.split(change, G)):
+            rows[group, :, group * (M // G) : (group + 1) * (M // G)] = np.sqrt(columns[group])[:, None] * part.T
+        return self.damping * self._weighed(rows.reshape(G * N, M))
+
     def add(self, call: Call, seen: Call | None, repair: float, *, parallel: bool, keep: Array | None) -> None:
         """Add one batch: the ``call`` in the dense network and that ``seen`` in the pruned one; ``keep`` says which of its rows were drawn.
 
@@ -232,10 +256,13 @@ class LayerPair:
             added = self.beside(call)
             aim = before + (added - self.beside(seen))
         everything = (before, output, V, Z, behind.lipschitz * np.abs(sums), aim, added)
+        squares = np.square(self.unfolded(source)) if self.damping else np.zeros(len(before))
+        found.columns = found.columns + squares.sum(0)
         self._sum(self.measured, repair, *everything)
         if keep is not None:
             assert self.drawn is not None
             self._sum(self.drawn, repair, *(array[keep] for array in everything))
+            self.drawn.columns = self.drawn.columns + squares[keep].sum(0)
 
     def _sum(
         self, found: Measured, repair: float, before: Array, output: Array, V: Array, Z: Array, sums: Array, aim: Array, added: Array

@@ -52,6 +52,7 @@ class Work:
                 Behind.of(self.by_name[layer.name]),
                 self._metric(metrics.get(layer.name), self.matrices[layer.name].groups),
                 self._summed(layer.name),
+                float(self.asked.damping),
             )
             for layer in report.layers
             if layer.name not in self.unchecked

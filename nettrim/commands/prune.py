@@ -76,6 +76,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, path: Path |
 @click.option("--mode", type=click.Choice(["cascade", "parallel"]), default="cascade", show_default=True, help="Whose inputs a layer sees.")
 @click.option("--gamma", default=1.1, **_SHARE, help="Cascade: slack over what the dense weights leave, squared.")
 @click.option("--repair", type=NumberOrAuto(), default=1.0, show_default=True, help="Cascade: how far it makes up for what is broken; or auto.")
+@click.option("--damping", default=0.0, **_SHARE, help="How near to the dense weights, as a share of noise in every input.")
 @click.option("--preserve-zeros", is_flag=True, help="Weights that are zero stay so.")
 @click.option("--kappa", default=1.0, **_SHARE, help="Cascade: factor on the last layer's squared budget.")
 @click.option("--consistency", type=click.Choice(["relaxed", "paper"]), default="relaxed", show_default=True, help="Set that the layers are kept in.")
