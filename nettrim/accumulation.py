@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nettrim.activations import output
 from nettrim.calibration import Run, run_batch
 from nettrim.certificate import share
+from nettrim.grams import square_sum
 from nettrim.layers import Call
 from nettrim.passes import evaluation
 from nettrim.tracing import TracedLayer
@@ -56,8 +57,8 @@ def accumulated(
                 if name not in dense or name not in other or dense[name].shape != other[name].shape:
                     squares[name] = math.nan
                     continue
-                squares[name] += float((other[name].double() - dense[name].double()).square().sum())
-                norms[name] += float(dense[name].double().square().sum())
+                squares[name] += square_sum(other[name] - dense[name])
+                norms[name] += square_sum(dense[name])
         found.update({name: None if math.isnan(squares[name]) else share(math.sqrt(squares[name]), math.sqrt(norms[name])) for name in group})
     return found
 

@@ -150,9 +150,12 @@ def make_budget(
     return Budget(tuple(programs), promise, factor)
 
 
-def misfit(layer: Layer, W: Tensor) -> float:
-    """What folded weights (M, N) may cost on all rows, in float64: ``F(W)``, or ``L²`` times it, which is no less than the squared discrepancy."""
-    if layer.moments is not None and layer.drawn is None and not layer.relu:
+def misfit(layer: Layer, W: Tensor, *, exact: bool = False) -> float:
+    """What folded weights (M, N) may cost on all rows: ``F(W)``, or ``L²`` times it, which is no less than the squared discrepancy.
+
+    In float64 from the rows, or from sums over them where those are known and enough digits are left, unless it is to be ``exact``.
+    """
+    if not exact and layer.moments is not None and layer.drawn is None and not layer.relu:
         left = layer.moments.left(W)
         if left is not None:
             return layer.lipschitz**2 * float(left.sum())

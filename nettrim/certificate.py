@@ -9,22 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from nettrim.errors import NetTrimError
-from nettrim.grams import rough_dtype
+from nettrim.grams import rough_dtype, square_sum
 from nettrim.layers import Matrix
 from nettrim.observing import Layer
 from nettrim.report import Certificate, LayerReport
 from nettrim.tracing import Trace, TracedLayer
 
 _AVERAGED = 2**20  # sums from which their roundings to bfloat16 leave less than 1e-5 of a norm over all of them
-_CHUNK = 2**22  # of an output's elements in float64 at a time
+_CHUNK = 2**22  # of an output's elements at a time
 
 
 def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
     """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
-    total = 0.0
-    for A, U in layer.observation.chunks():
-        total += float((layer.output(layer.run(matrix, A)) - layer.output(U.double())).square().sum())
-    return math.sqrt(total)
+    return math.sqrt(sum(_apart(matrix, layer, A, U) for A, U in layer.observation.chunks()))
+
+
+def _apart(matrix: Matrix, layer: Layer, A: Tensor, U: Tensor) -> float:
+    """``‖output − Y‖²`` of some rows."""
+    if layer.function is None and layer.norm is None:  # a difference of two numbers is as precise as they are
+        D = matrix.forward_rows(A).to(U.dtype) - U
+    else:
+        D = layer.output(layer.run(matrix, A)) - layer.output(U.double())
+    return square_sum(D)
 
 
 @dataclass(frozen=True)
@@ -54,20 +60,26 @@ class Promise:
 
 def output_norm(layer: Layer) -> float:
     """``‖Y‖_F`` of all the layer's rows."""
-    return math.sqrt(sum(float(layer.output(U).double().square().sum()) for _, U in layer.observation.chunks()))
+    return math.sqrt(sum(square_sum(layer.output(U)) for _, U in layer.observation.chunks()))
 
 
 def make_promise(matrix: Matrix, layer: Layer, epsilon: float, inflation: float | None) -> Promise:
     """The promise ``epsilon`` of a stored layer, on all its rows."""
+    return measure(matrix, layer, epsilon, inflation, stored=False)[0]
+
+
+def measure(matrix: Matrix, layer: Layer, epsilon: float, inflation: float | None, *, stored: bool = True) -> tuple[Promise, float]:
+    """The promise ``epsilon`` and, if ``stored``, `stored_discrepancy`, in one pass over the rows."""
     larger = torch.maximum(layer.read(matrix).abs(), layer.dense.abs())
     if layer.rows * len(larger) >= _AVERAGED:
         larger = larger.to(rough_dtype(larger) or larger.dtype)
-    output = sums = 0.0
+    output = sums = apart = 0.0
     for A, U in layer.observation.chunks():
-        output += float(layer.output(U).double().square().sum())
+        output += square_sum(layer.output(U))
         # of what rounding can add, a few digits are enough
-        sums += float(layer.apply(larger, A.to(larger.dtype).abs()).double().square().sum())
-    return Promise(epsilon, inflation, layer.rows, math.sqrt(output), layer.lipschitz * math.sqrt(sums))
+        sums += square_sum(layer.apply(larger, A.to(larger.dtype).abs()).to(layer.dense.dtype))
+        apart += _apart(matrix, layer, A, U) if stored else 0.0
+    return Promise(epsilon, inflation, layer.rows, math.sqrt(output), layer.lipschitz * math.sqrt(sums)), math.sqrt(apart)
 
 
 def rounding(matrix: Matrix, rows: int, output_norm: float, sums_norm: float) -> float:
@@ -164,9 +176,9 @@ class Apart:
             raise _incomparable([tuple(tensor.shape) for tensor in pruned], [tuple(tensor.shape) for tensor in dense])
         for ours, theirs in zip(dense, pruned, strict=True):
             for a, b in zip(ours.reshape(-1).split(_CHUNK), theirs.reshape(-1).split(_CHUNK), strict=True):
-                exact = a.double()
-                self.difference += float((b.double() - exact).square().sum())
-                self.square += float(exact.square().sum())
+                wide = torch.promote_types(a.dtype, torch.float32)
+                self.difference += square_sum(b.to(wide) - a.to(wide))
+                self.square += square_sum(a.to(wide))
 
     @property
     def figures(self) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,7 +10,22 @@ import torch
 from torch import Tensor
 
 _STRIPS = 8
+_TOGETHER = 1024
+_MANY = 2**16  # numbers, from which the roundings of their squares average out
+_MANY_PRODUCTS = 2**28  # of a chunk, from which those of its sums do
 _CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
+_CANCELLED_ROUGH = 1e-3  # where a chunk's sums were in float32
+
+
+def square_sum(x: Tensor) -> float:
+    """``Σ x²`` in float64, to about nine digits: of many float32 numbers some at a time in float32, whose roundings average out."""
+    if x.dtype == torch.float32 and x.numel() >= _MANY:
+        flat = x.reshape(-1)
+        even = len(flat) // _TOGETHER * _TOGETHER
+        found = float(flat[:even].view(-1, _TOGETHER).square().sum(1).double().sum()) + float(flat[even:].double().square().sum())
+        if found < torch.inf:
+            return found
+    return float(x.double().square().sum())
 
 
 @dataclass(eq=False)
@@ -49,11 +65,14 @@ class Moments:
         ``YᵀA``.
     squares : Tensor, (M,)
         ``‖y_m‖²`` of each output.
+    cancelled : float
+        The share of ``‖Y‖²`` that a misfit is to exceed, so that it can be told from these sums.
     """
 
     gram: Gram
     C: Tensor
     squares: Tensor
+    cancelled: float = _CANCELLED
 
     @property
     def G(self) -> Tensor:
@@ -63,13 +82,13 @@ class Moments:
 
     def of(self, outputs: slice) -> Moments:
         """Those of some of the outputs."""
-        return Moments(self.gram, self.C[outputs], self.squares[outputs])
+        return dataclasses.replace(self, C=self.C[outputs], squares=self.squares[outputs])
 
     def left(self, W: Tensor) -> Tensor | None:
         """``‖A w_m − y_m‖²`` of each row of the weights (M, N), (M,); None where too few digits of it would be right."""
         W = W.to(self.C)
         found = self.squares - ((2 * self.C - W @ self.G) * W).sum(1)
-        return found if float(found.sum()) > _CANCELLED * float(self.squares.sum()) else None
+        return found if float(found.sum()) > self.cancelled * float(self.squares.sum()) else None
 
     def leaning(self, repair: float, dense: Tensor) -> Moments:
         """Those of ``repair · y + (1 − repair) · A wᵀ`` for the weights ``dense`` (M, N)."""
@@ -79,7 +98,7 @@ class Moments:
         V = W @ self.G
         own = (V * W).sum(1)
         squares = repair**2 * self.squares + 2 * repair * (1 - repair) * (self.C * W).sum(1) + (1 - repair) ** 2 * own
-        return Moments(self.gram, repair * self.C + (1 - repair) * V, squares)
+        return dataclasses.replace(self, C=repair * self.C + (1 - repair) * V, squares=squares)
 
 
     def damped(self, damping: float, dense: Tensor, columns: int) -> Moments:
@@ -88,29 +107,38 @@ class Moments:
             return self
         W, added = dense.to(self.C), torch.zeros_like(self.C[0])
         added[:columns] = damping * self.G.diagonal()[:columns]
-        return Moments(self.gram.damped(damping, columns), self.C + W * added, self.squares + (W.square() * added).sum(1))
+        squares = self.squares + (W.square() * added).sum(1)
+        return dataclasses.replace(self, gram=self.gram.damped(damping, columns), C=self.C + W * added, squares=squares)
 
 
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet."""
+    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet.
+
+    Sums over the chunks are in float64. Those of a chunk of float32 numbers are in float32 if it is a large one, whose roundings average out.
+    """
     known = gram.G is not None
     C = squares = None
-    for part, targets in rows:
-        A, Y = part.double(), targets.double()
+    cancelled = _CANCELLED
+    for A, Y in rows:
+        N, M = A.shape[1], Y.shape[1]
+        if len(A) * N * (N + M) < _MANY_PRODUCTS:
+            A, Y = A.double(), Y.double()
+        elif A.dtype != torch.float64:
+            cancelled = _CANCELLED_ROUGH
         if C is None or squares is None:
-            C, squares = Y.new_zeros(Y.shape[1], A.shape[1]), Y.new_zeros(Y.shape[1])
+            C, squares = Y.new_zeros(M, N, dtype=torch.float64), Y.new_zeros(M, dtype=torch.float64)
         if not known:
-            gram.G = A.new_zeros(A.shape[1], A.shape[1]) if gram.G is None else gram.G
-            step = -(-A.shape[1] // _STRIPS)
-            for start in range(0, A.shape[1], step):  # of a symmetric matrix one half, strip by strip
-                gram.G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
-        C.addmm_(Y.T, A)
+            gram.G = A.new_zeros(N, N, dtype=torch.float64) if gram.G is None else gram.G
+            step = -(-N // _STRIPS)
+            for start in range(0, N, step):  # of a symmetric matrix one half, strip by strip
+                gram.G[: start + step, start : start + step] += A[:, : start + step].T @ A[:, start : start + step]
+        C += Y.T @ A
         squares += Y.square().sum(0)
     assert C is not None
     assert squares is not None
     if not known and gram.G is not None:
         gram.G = gram.G.triu() + gram.G.triu(1).T
-    return Moments(gram, C, squares)
+    return Moments(gram, C, squares, cancelled)
 
 
 def rough_dtype(like: Tensor) -> torch.dtype | None:

@@ -21,7 +21,7 @@ from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run
 from nettrim.capture import Seen
 from nettrim.errors import RouteError
-from nettrim.grams import Gram, Moments, moments
+from nettrim.grams import Gram, Moments, moments, square_sum
 from nettrim.layers import Kind, Matrix
 from nettrim.layers.convolution import Convolutional
 from nettrim.tracing import TracedLayer
@@ -367,8 +367,9 @@ def observed(
                     f"layer {layer.name!r} is given {tuple(seen.kept.shape)} in the pruned network and {tuple(given.kept.shape)} in the dense one; "
                     "its shape depends on values, which a cascade cannot follow: use mode='parallel'"
                 )
-            apart += float((seen.kept.double() - given.kept.double()).square().sum())
-            size += float(given.kept.double().square().sum())
+            wide = matrix.compute_dtype
+            apart += square_sum(seen.kept.to(wide) - given.kept.to(wide))
+            size += square_sum(given.kept.to(wide))
             more = None if given.beside is None or seen.beside is None else given.beside - seen.beside
             yield Seen(seen.kept, given.Z, more)
 

@@ -23,7 +23,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
     else:
         threshold = float(scores.topk(count).values[-1])
     chosen = scores > threshold
-    chosen[(scores == threshold).nonzero()[: count - int(chosen.sum())]] = True
+    chosen[(scores == threshold).nonzero()[: count - int(chosen.count_nonzero())]] = True
     return chosen
 
 
@@ -177,7 +177,7 @@ class Supports:
 
     def count(self, W: Tensor) -> int:
         """Nonzeros of (M, N) weights, those in columns that count."""
-        return int((W[:, self.counted] != 0).sum())
+        return int(W[:, self.counted].count_nonzero())
 
     def excess(self, W: Tensor) -> float:
         """By what share weights have more nonzeros than may be kept; infinite where they break the pattern, or hold one that may not be kept."""

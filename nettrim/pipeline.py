@@ -237,7 +237,7 @@ def _record(matrix: Matrix, seen: Layer, budget: Budget, stored: Stored, seconds
 
 def _layer_report(matrix: Matrix, seen: Layer, stored: Stored, norm: float, holdout: float | None) -> LayerReport:
     weights = matrix.weights()
-    nonzeros = int((weights != 0).sum())
+    nonzeros = int(weights.count_nonzero())
     relative = share(stored.discrepancy, norm)
     solution = stored.solution
     return LayerReport(

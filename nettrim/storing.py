@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nettrim.budgets import Budget, misfit
-from nettrim.certificate import Promise, make_promise, output_norm, rounding, stored_discrepancy
+from nettrim.certificate import Promise, measure, output_norm, rounding, stored_discrepancy
 from nettrim.errors import ArgumentError
 from nettrim.layers import Matrix
 from nettrim.observing import Layer
@@ -116,9 +116,11 @@ def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solutio
         layer.write(matrix, solution.weights)
     except ArgumentError as error:
         return Stored(_unstored(solution), math.inf, math.nan, str(error))
-    promise = make_promise(matrix, layer, math.sqrt(misfit(layer, layer.read(matrix))), None)
+    promise, discrepancy = measure(matrix, layer, math.sqrt(misfit(layer, layer.read(matrix))), None)
     epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
-    discrepancy = stored_discrepancy(matrix, layer)
+    if discrepancy > epsilon:  # of sums over the rows in float32 too few digits may be left
+        promise = dataclasses.replace(promise, epsilon=math.sqrt(misfit(layer, layer.read(matrix), exact=True)))
+        epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
     if discrepancy <= epsilon:
         stored, objective = layer.read(matrix).to(solution.weights), solution.objective
         if not torch.equal(stored, solution.weights):

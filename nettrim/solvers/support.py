@@ -164,7 +164,7 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
         mask = supports.nearest(T.square())
         B = T * mask
         E = T - B
-        changed = float((mask != before).sum()) / max(2 * supports.kept, 1)
+        changed = float((mask ^ before).count_nonzero()) / max(2 * supports.kept, 1)
         still = still + 1 if changed == 0 else 0
         if still >= _STILL:
             break
