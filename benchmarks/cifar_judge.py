@@ -54,7 +54,7 @@ def layer_gram(model: nn.Module, matrix: Matrix, batches: list[Tensor], rows: in
     images = sum(map(len, batches))
     N = matrix.shape[1]
     total = torch.zeros(N, N, dtype=torch.float64)
-    for kept, _ in capture.kept(model, batches, runner(None), matrix):
+    for kept, *_ in capture.kept(model, batches, runner(None), matrix):
         A = matrix.kind.unfold(matrix.module, matrix.part, kept).flatten(1)
         share = round(rows * len(kept) / images)
         if share < len(A):

@@ -39,7 +39,7 @@ def layer_of(data_name: str, images: int) -> tuple[Convolution, Tensor]:
     network = "convnet" if data_name == "cifar" else "tiny"
     model = load_or_train(data, network, RECIPES[network]).model
     matrix = [found for found in layers.matrices(model).values() if isinstance(found.module, nn.Conv2d)][1]
-    ((kept, Z),) = capture.kept(model, [centres(data.test[:images])], runner(None), matrix)
+    ((kept, Z, _),) = capture.kept(model, [centres(data.test[:images])], runner(None), matrix)
     return of_matrix(matrix, 0, kept), Z
 
 

@@ -150,29 +150,14 @@ def make_budget(
     return Budget(tuple(programs), promise, factor)
 
 
-def misfit(layer: Layer, W: Tensor, *, exact: bool = False) -> float:
-    """What folded weights (M, N) may cost on all rows: ``F(W)``, or ``L²`` times it, which is no less than the squared discrepancy.
-
-    In float64 from the rows, or from sums over them where those are known and enough digits are left, unless it is to be ``exact``.
-    """
-    if not exact and layer.moments is not None and layer.drawn is None and not layer.relu:
-        left = layer.moments.left(W)
-        if left is not None:
-            return layer.lipschitz**2 * float(left.sum())
-    total = 0.0
-    for A, U in layer.observation.chunks():
-        total += float(_residual(layer, W, A, U).square().sum())
-    return layer.lipschitz**2 * total
-
-
 def _residual(layer: Layer, W: Tensor, A: Tensor, U: Tensor) -> Tensor:
-    return _distance(layer, layer.apply(W.double(), A.double()), layer.targets(U).double())
+    return distance(layer, layer.apply(W.double(), A.double()), U)
 
 
-def _distance(layer: Layer, Z: Tensor, targets: Tensor) -> Tensor:
-    """``D`` of float64 pre-activations (p, M)."""
-    floor, ceiling = (None if end is None else end.double() for end in (layer.floor, layer.ceiling))
-    return residual(Z, targets, relu=layer.relu, floor=floor, ceiling=ceiling)
+def distance(layer: Layer, Z: Tensor, U: Tensor) -> Tensor:
+    """``D`` of pre-activations (p, M), in their dtype."""
+    floor, ceiling = (None if end is None else end.to(Z) for end in (layer.floor, layer.ceiling))
+    return residual(Z, layer.targets(U).to(Z), relu=layer.relu, floor=floor, ceiling=ceiling)
 
 
 def l1_weights(layer: Layer, bias_weight: float) -> Tensor:
@@ -194,7 +179,7 @@ def _sizes(layer: Layer, chunks: Iterator[tuple[Tensor, Tensor]], *, misfits: bo
     for A, U in chunks:
         targets = layer.targets(U).double()
         if layer.groups > 1:
-            zero += _distance(layer, torch.zeros_like(targets), targets).square().sum(0).view(layer.groups, -1).sum(1)
+            zero += distance(layer, torch.zeros_like(targets), U).square().sum(0).view(layer.groups, -1).sum(1)
         output += layer.output(U).double().square().sum(0).view(layer.groups, -1).sum(1)
         if misfits:
             squares = _residual(layer, layer.dense, A, U).square()

@@ -215,25 +215,43 @@ def outputs(model: nn.Module, batches: list[Any], run: Run) -> Tensor:
         A batch that the model cannot run, NaN or infinity in the output (the batch is named), or an output without a
         floating-point tensor.
     """
-    found: list[list[Tensor]] = []
+    found = Outputs()
     with evaluation(model):
         for index, batch in enumerate(batches):
-            output = run_batch(model, batch, index, run)
-            tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-            if not tensors:
-                raise CalibrationError(
-                    f"{type(model).__name__} returned a {type(output).__name__} without a floating-point tensor for "
-                    f"batch {index}; expected outputs that can be compared: give a forward_fn that returns them"
-                )
-            for tensor in tensors:
-                _require_finite(tensor, "the network's output", index)
-            wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-            found.append([tensor.to(wide, copy=True) for tensor in tensors])
-    widths = {tensors[0].shape[-1] for tensors in found if len(tensors) == 1 and tensors[0].dim() > 1}
-    if len(widths) == 1 and all(len(tensors) == 1 and tensors[0].dim() > 1 for tensors in found):
-        return torch.cat([tensors[0].flatten(0, -2) for tensors in found])
-    elements = [tensor.reshape(-1, 1) for tensors in found for tensor in tensors]
-    return torch.cat([element.to(elements[0].device) for element in elements])
+            found.add(run_batch(model, batch, index, run), index)
+    return found.joined()
+
+
+class Outputs:
+    """What a network returns, batch by batch, as `outputs` joins it."""
+
+    def __init__(self) -> None:
+        self._found: list[list[Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, output: Any, index: int) -> None:
+        """Of batch ``index``; the errors are those of `outputs`."""
+        tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        if not tensors:
+            raise CalibrationError(
+                f"the network returned a {type(output).__name__} without a floating-point tensor for batch {index}; expected outputs that can be "
+                "compared: give a forward_fn that returns them"
+            )
+        for tensor in tensors:
+            _require_finite(tensor, "the network's output", index)
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        self._found.append([tensor.to(wide, copy=True) for tensor in tensors])
+
+    def joined(self) -> Tensor:
+        """All of them; see `outputs`."""
+        found = self._found
+        widths = {tensors[0].shape[-1] for tensors in found if len(tensors) == 1 and tensors[0].dim() > 1}
+        if len(widths) == 1 and all(len(tensors) == 1 and tensors[0].dim() > 1 for tensors in found):
+            return torch.cat([tensors[0].flatten(0, -2) for tensors in found])
+        elements = [tensor.reshape(-1, 1) for tensors in found for tensor in tensors]
+        return torch.cat([element.to(elements[0].device) for element in elements])
 
 
 def _require_finite(values: Tensor, what: str, index: int) -> None:

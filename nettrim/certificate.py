@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +22,14 @@ _CHUNK = 2**22  # of an output's elements at a time
 
 def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
     """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
-    return math.sqrt(sum(_apart(matrix, layer, A, U) for A, U in layer.observation.chunks()))
+    return math.sqrt(sum(_apart(layer, layer.run(matrix, A), U) for A, U in layer.observation.chunks()))
 
 
-def _apart(matrix: Matrix, layer: Layer, A: Tensor, U: Tensor) -> float:
-    """``‖output − Y‖²`` of some rows."""
-    if layer.function is None and layer.norm is None:  # a difference of two numbers is as precise as they are
-        D = matrix.forward_rows(A).to(U.dtype) - U
-    else:
-        D = layer.output(layer.run(matrix, A)) - layer.output(U.double())
-    return square_sum(D)
+def _apart(layer: Layer, Z: Tensor, U: Tensor) -> float:
+    """``‖output − Y‖²`` of some rows, ``Z`` being the stored layer's pre-activations."""
+    if layer.function is None:  # and a BatchNorm's shift is the same for both
+        return square_sum(Z - U)
+    return square_sum(layer.output(Z) - layer.output(U.to(Z.dtype)))
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,46 @@ def output_norm(layer: Layer) -> float:
 
 def make_promise(matrix: Matrix, layer: Layer, epsilon: float, inflation: float | None) -> Promise:
     """The promise ``epsilon`` of a stored layer, on all its rows."""
-    return measure(matrix, layer, epsilon, inflation, stored=False)[0]
-
-
-def measure(matrix: Matrix, layer: Layer, epsilon: float, inflation: float | None, *, stored: bool = True) -> tuple[Promise, float]:
-    """The promise ``epsilon`` and, if ``stored``, `stored_discrepancy`, in one pass over the rows."""
-    larger = torch.maximum(layer.read(matrix).abs(), layer.dense.abs())
-    if layer.rows * len(larger) >= _AVERAGED:
-        larger = larger.to(rough_dtype(larger) or larger.dtype)
-    output = sums = apart = 0.0
+    output, sums = 0.0, _Sums(matrix, layer)
     for A, U in layer.observation.chunks():
         output += square_sum(layer.output(U))
-        # of what rounding can add, a few digits are enough
-        sums += square_sum(layer.apply(larger, A.to(larger.dtype).abs()).to(layer.dense.dtype))
-        apart += _apart(matrix, layer, A, U) if stored else 0.0
-    return Promise(epsilon, inflation, layer.rows, math.sqrt(output), layer.lipschitz * math.sqrt(sums)), math.sqrt(apart)
+        sums.add(A)
+    return Promise(epsilon, inflation, layer.rows, math.sqrt(output), sums.norm)
+
+
+def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], Tensor]) -> tuple[Promise, float]:
+    """One pass over the rows: what the stored weights leave as a promise, ``√F``, and `stored_discrepancy`.
+
+    ``distance(Z, U)`` is the residual that ``F`` sums the squares of, for pre-activations as the stored layer computes them. Entry by entry it is no
+    smaller than the discrepancy of their outputs.
+    """
+    output = apart = left = 0.0
+    sums = _Sums(matrix, layer)
+    for A, U in layer.observation.chunks():
+        Z = layer.run(matrix, A)
+        output += square_sum(layer.output(U))
+        apart += _apart(layer, Z, U)
+        left += square_sum(distance(Z, U))
+        sums.add(A)
+    left *= layer.lipschitz**2
+    return Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart)
+
+
+class _Sums:
+    """``‖|A| |W|ᵀ‖_F`` with the larger of the dense and the stored weights, chunk by chunk, to the few digits that rounding's size needs."""
+
+    def __init__(self, matrix: Matrix, layer: Layer) -> None:
+        larger = torch.maximum(layer.read(matrix).abs(), layer.dense.abs())
+        if layer.rows * len(larger) >= _AVERAGED:
+            larger = larger.to(rough_dtype(larger) or larger.dtype)
+        self._layer, self._larger, self._square = layer, larger, 0.0
+
+    def add(self, A: Tensor) -> None:
+        self._square += square_sum(self._layer.apply(self._larger, A.to(self._larger.dtype).abs()).to(self._layer.dense.dtype))
+
+    @property
+    def norm(self) -> float:
+        return self._layer.lipschitz * math.sqrt(self._square)
 
 
 def rounding(matrix: Matrix, rows: int, output_norm: float, sums_norm: float) -> float:

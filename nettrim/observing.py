@@ -266,9 +266,9 @@ class Layer:
         matrix.write_back(W)
 
     def run(self, matrix: Matrix, A: Tensor) -> Tensor:
-        """``u`` of the stored weights on rows, (p, M) float64."""
-        U = matrix.forward_rows(A).double()
-        return U if self.norm is None else U * self._scale()
+        """``u`` of the stored weights on rows, (p, M): in the compute dtype, in float64 where a BatchNorm is folded in."""
+        Z = matrix.forward_rows(A)
+        return Z if self.norm is None else Z.double() * self._scale()
 
     def apply(self, W: Tensor, A: Tensor) -> Tensor:
         """``A Wᵀ``, group by group, of folded weights (M, N), in the dtype of both."""
@@ -278,16 +278,9 @@ class Layer:
         return stacked.transpose(0, 1).flatten(1)
 
     @functools.cached_property
-    def moments(self) -> Moments | None:
-        """Those of the rows that the program is solved on and the dense pre-activations, where there is one Gram matrix of them."""
-        return None if self.gram is None or self.groups > 1 else moments(self.gram, self.solved_on())
-
-    @functools.cached_property
     def aims(self) -> Moments | None:
-        """The same of the outputs that would make the dense network's sum, where the layer's are added to something."""
-        if not self.observation.summed or self.gram is None or self.groups > 1:
-            return self.moments
-        return moments(self.gram, self.solved_on(summed=True))
+        """Sums over the rows that the program is solved on and `Observation.aims` of them, where there is one Gram matrix of them."""
+        return None if self.gram is None or self.groups > 1 else moments(self.gram, self.solved_on(summed=True))
 
     def solved_on(self, *, summed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """``(A, U)`` of the rows that the program is solved on, chunk by chunk; `Observation.aims` of them, if ``summed``."""

@@ -161,19 +161,20 @@ def execute(task: Task, options: Options) -> PruneResult:
     if chain is None and any(_goes_through(layer, records[layer.name], options) for layer in stays):
         through = accumulated(model, pruned, stays, solve_on, run)
     reports = [dataclasses.replace(r, accumulated=through.get(r.name, r.accumulated)) for r in reports]
-    why_not = traced.not_chain_reason
+    why_not, last_pass = traced.not_chain_reason, capture.Outputs()
     if options.recalibrate_batchnorm:
         batchnorm.recalibrate(pruned, solve_on, run)
         why_not = "the BatchNorms' statistics were estimated again, and the layers' promises are about those before"
     elif why_not is None:  # values may decide what runs
-        why_not = traced.unlike(trace(pruned, solve_on, run))
+        why_not = traced.unlike(trace(pruned, solve_on, run, last_pass.add))
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
     parts = [part for part in (solve_on, keep_out) if part]
-    outputs: list[tuple[Tensor, Tensor] | Apart]
+    outputs: list[tuple[Tensor, Tensor]] | list[Apart]
     if isinstance(route, Blocks):
         outputs = [_apart(pairs) for pairs in (route.outputs() if not options.recalibrate_batchnorm else run_both(model, pruned, parts, run))]
     else:
-        outputs = [(dense, capture.outputs(pruned, part, run)) for dense, part in zip(dense_outputs, parts, strict=True)]
+        found = [last_pass.joined() if part is solve_on and last_pass else capture.outputs(pruned, part, run) for part in parts]
+        outputs = list(zip(dense_outputs, found, strict=True))
     entries = sum(math.prod(r.shape) for r in reports)
     report = Report(
         layers=tuple(reports),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nettrim import observing
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
 from nettrim.layers import copy_of
@@ -24,14 +25,15 @@ from nettrim.tracing import Trace, TracedLayer
 
 
 class Whole:
-    """One stage: the whole network."""
+    """One stage: the whole network. Where all that its dense layers are given and give is little, it is held, from one pass."""
 
     def __init__(self, model: nn.Module, pruned: nn.Module, run: Run, solve: list[Any], held: list[Any], device: torch.device | str | None) -> None:
-        self._stage = partial(Stage, dense=model, pruned=pruned, run=run, solve=Part(solve, solve), held=Part(held, held), device=device)
+        self._parts = model, pruned, run, Part(solve, solve), Part(held, held), device
 
     def stages(self, chosen: list[TracedLayer]) -> Iterator[Stage]:
         """The stages, one behind the other; the next is to be asked for when the layers of the one before it are done."""
-        yield self._stage(chosen)
+        little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observing.HELD_ELEMENTS // 4
+        yield (Block if little else Stage)(chosen, *self._parts)
 
 
 @dataclass(eq=False)

@@ -98,7 +98,7 @@ class Stage:
 
 @dataclass(eq=False)
 class Block(Stage):
-    """The layers of one block: those that are given the same input are observed in one pass, and share its Gram matrix.
+    """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
 
     ``ends`` is what the dense block returned, batch by batch, once its layers were observed.
     """

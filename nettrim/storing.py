@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from nettrim.budgets import Budget, misfit
+from nettrim.budgets import Budget, distance
 from nettrim.certificate import Promise, measure, output_norm, rounding, stored_discrepancy
 from nettrim.errors import ArgumentError
 from nettrim.layers import Matrix
@@ -116,11 +117,8 @@ def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solutio
         layer.write(matrix, solution.weights)
     except ArgumentError as error:
         return Stored(_unstored(solution), math.inf, math.nan, str(error))
-    promise, discrepancy = measure(matrix, layer, math.sqrt(misfit(layer, layer.read(matrix))), None)
+    promise, discrepancy = measure(matrix, layer, partial(distance, layer))
     epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
-    if discrepancy > epsilon:  # of sums over the rows in float32 too few digits may be left
-        promise = dataclasses.replace(promise, epsilon=math.sqrt(misfit(layer, layer.read(matrix), exact=True)))
-        epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
     if discrepancy <= epsilon:
         stored, objective = layer.read(matrix).to(solution.weights), solution.objective
         if not torch.equal(stored, solution.weights):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -116,7 +117,7 @@ class Trace:
         return None if pruned.not_chain_reason is None else f"in the pruned network, {pruned.not_chain_reason}"
 
 
-def trace(model: nn.Module, batches: list[Any], run: Run) -> Trace:
+def trace(model: nn.Module, batches: list[Any], run: Run, note: Callable[[Any, int], None] | None = None) -> Trace:
     """Run the network on every batch and find its layers, their order, their activations and what they read.
 
     Parameters
@@ -127,6 +128,8 @@ def trace(model: nn.Module, batches: list[Any], run: Run) -> Trace:
         As `nettrim.calibration.batches` returns them.
     run : callable(model, batch)
         As `nettrim.calibration.runner` returns it.
+    note : callable(output, batch's index), optional
+        Is given what the network returns.
 
     Returns
     -------
@@ -160,6 +163,8 @@ def trace(model: nn.Module, batches: list[Any], run: Run) -> Trace:
             with recorder.hooks(), recorder:
                 output = run_batch(model, batch, index, run)
             recorder.finish(output)
+            if note is not None:
+                note(output, index)
             del output
             recorder.note_kept()
             runs.append(recorder.seen)

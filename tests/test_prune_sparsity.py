@@ -134,13 +134,13 @@ def test_the_ends(network, sparsity):
         ({"sparsity": {"nothing": 0.5}}, "sparsity: 'nothing' matches no"),
         ({"sparsity": 0.5, "pattern": "2:5x"}, "pattern='2:5x'; expected"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "which says 0.5"),
-        ({"epsilon": 0.1, "pattern": "2:4"}, "they go with sparsity"),
+        ({"epsilon": 0.1, "pattern": "2:4"}, "it goes with sparsity"),
         ({"sparsity": 0.5, "pattern": "block:7x1"}, "does not tile"),
         ({"sparsity": 0.5, "repair": 2}, "repair=2; expected a number from 0 to 1"),
         ({"sparsity": 0.5, "repair": 0.5, "mode": "parallel"}, "only a cascade"),
         ({"sparsity": 0.5, "consistency": "paper"}, "consistency='paper' was given without epsilon"),
         ({"epsilon": 0.1, "repair": 0.5}, "promised against the dense"),
-        ({"epsilon": 0.1, "preserve_zeros": True}, "they go with sparsity"),
+        ({"epsilon": 0.1, "preserve_zeros": True}, "it goes with sparsity"),
     ],
 )
 def test_what_makes_no_sense_is_refused(network, options, message):
