@@ -5,7 +5,7 @@ Everything runs inside `nettrim.passes.evaluation`, and every hook is gone after
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -131,11 +131,14 @@ def together(
     *,
     device: torch.device | str | None = None,
     summed: Collection[str] = (),
+    place: Callable[[str, str, Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[dict[str, Seen], Any]]:
     """As `kept`, of several layers in one forward pass of each batch, and what ``run`` returned. None of them may run more than once in a pass.
 
     Of layers that are given the same input, what is kept of it is one tensor. ``summed`` names those of which it is wanted what they are added to.
+    ``place(layer, field of Seen, tensor)`` is to return a copy of a tensor.
     """
+    copied = place if place is not None else lambda name, what, tensor: tensor.clone()
     for index, batch in enumerate(batches):
         found: dict[str, Seen] = {}
         calls: dict[str, layers.Call] = {}
@@ -150,12 +153,13 @@ def together(
                 x, own = call.argument(module), type(kind)
                 kept = next((kept for y, version, other, kept in given if y is x and version == x._version and other is own), None)
                 if kept is None:
-                    kept = kind.inputs(module, part, call).to(device=device, copy=True)
+                    kept = kind.inputs(module, part, call).to(device=device)
                     _require_finite(kept, f"the input of layer {name!r}", index)
+                    kept = copied(name, "kept", kept)
                     given.append((x, x._version, own, kept))
-                Z = kind.outputs(module, part, call).to(device=device, dtype=matrix.compute_dtype, copy=True)
+                Z = kind.outputs(module, part, call).to(device=device, dtype=matrix.compute_dtype)
                 _require_finite(Z, f"the output of layer {name!r}", index)
-                found[name] = Seen(kept, Z)
+                found[name] = Seen(kept, copied(name, "Z", Z))
                 if name in summed:
                     calls[name] = call
 
@@ -175,7 +179,7 @@ def together(
                 "that batch"
             )
         for name, call in calls.items():
-            found[name] = found[name]._replace(beside=_beside(sums, name, matrices[name], call, index, device))
+            found[name] = found[name]._replace(beside=copied(name, "beside", _beside(sums, name, matrices[name], call, index, device)))
         yield found, output
 
 

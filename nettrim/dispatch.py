@@ -34,7 +34,10 @@ def solutions(
     if executor is None or options.mode == "cascade":
         for layer in chosen:
             seen, budget = prepare(layer)
-            yield seen, *_blocks(seen, budget, options, executor)
+            found = (seen, *_blocks(seen, budget, options, executor))
+            del seen, budget
+            yield found
+            del found  # its rows, before those of the next layer are looked at
         return
     waiting: dict[Future[tuple[Budget, Solution]], Layer] = {}
     wide: list[tuple[Layer, Budget]] = []

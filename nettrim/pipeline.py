@@ -98,7 +98,7 @@ def execute(task: Task, options: Options) -> PruneResult:
     route = Whole(model, pruned, run, solve_on, keep_out, device) if chain is None else Blocks(chain, model, pruned, run, solve_on, keep_out, device)
     cascade = options.mode == "cascade"
     held, unfold = task.executor is not None, options.solver != cg_admm.NAME
-    ask = Ask(cascade, options.epsilon is None and options.repair != 0, options.max_rows, options.seed, held, unfold)
+    ask = Ask(cascade, float(options.repair) if options.epsilon is None else 0.0, options.max_rows, options.seed, held, unfold)
     through: dict[str, float | None] = {}
     stage: Stage
     records: dict[str, Record] = {}
@@ -153,6 +153,7 @@ def execute(task: Task, options: Options) -> PruneResult:
             for seen, budget, solution in solved:
                 finish(seen, budget, solution)
                 report_progress(seen.name, records[seen.name].status, _gap(records[seen.name]))
+                del seen, budget, solution  # the rows are not held while those of the next layer are looked at
     done = [(layer.name, records[layer.name]) for layer in chosen]  # those of an executor came in any order
     skipped |= {name: f"kept dense: {record.kept_dense}" for name, record in done if record.kept_dense is not None}
     reports = [record.report for _, record in done if record.report is not None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nettrim import observing
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
+from nettrim.freed import give_back
 from nettrim.layers import copy_of
 from nettrim.passes import evaluation
 from nettrim.stages import Block, Part, Stage
@@ -123,6 +124,7 @@ class Blocks:
             with torch.no_grad():
                 for to, value in zip(home.parameters(), pruned.parameters(), strict=True):
                     to.copy_(value)
+        give_back()
 
     def _brought(self, block: nn.Module) -> nn.Module:
         """The block on the device that it is run on."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nettrim import capture
 from nettrim.accumulation import accumulated
@@ -38,21 +38,21 @@ class Ask:
     ----------
     cascade : bool
         Inputs are those of the network pruned so far.
-    sums : bool
-        Where a layer's output is added to something, it is wanted by how much that is off.
+    sums : float
+        Where a layer's output is added to something, so much of what that is off by is made up for; with 0 it is not looked at.
     max_rows, seed, hold, unfold
         Of :func:`nettrim.observing.observe`.
     """
 
     cascade: bool
-    sums: bool
+    sums: float
     max_rows: int | None
     seed: int
     hold: bool
     unfold: bool
 
     def wants_sum(self, layer: TracedLayer) -> bool:
-        return self.cascade and self.sums and layer.summed
+        return self.cascade and self.sums > 0 and layer.summed
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ class Stage:
         """What the layer's program needs; see :func:`nettrim.observing.observe`."""
         there = self.pruned if ask.cascade else None
         return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=ask.max_rows, seed=ask.seed, hold=ask.hold,
-                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer))  # fmt: skip
+                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer), share=ask.sums)  # fmt: skip
 
     def kept_out(self, layer: TracedLayer, *, cascade: bool) -> Layer:
         """The same of the samples kept out."""
@@ -94,6 +94,25 @@ class Stage:
     def accumulated(self, wanted: list[TracedLayer]) -> dict[str, float | None]:
         """How far layers' outputs are off behind all that was pruned before them; see :func:`nettrim.accumulation.accumulated`."""
         return accumulated(self.dense, self.pruned, wanted, self.solve.dense, self.run, self.solve.pruned)
+
+
+class _Room:
+    """Room for the rows that come batch by batch, as one tensor: a large one goes back to the system when it is freed, many small ones may not."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._filled = rows, 0
+        self._whole: Tensor | None = None
+
+    def put(self, piece: Tensor) -> Tensor:
+        """A copy of the piece in its place, or elsewhere if it is not some of the rows."""
+        end = self._filled + len(piece)
+        if piece.dim() != 2 or end > self._rows or (self._whole is not None and self._whole.shape[1] != piece.shape[1]):
+            return piece.clone()
+        if self._whole is None:
+            self._whole = piece.new_empty(self._rows, piece.shape[1])
+        here = self._whole[self._filled : end]
+        self._filled = end
+        return here.copy_(piece)
 
 
 @dataclass(eq=False)
@@ -130,6 +149,7 @@ class Block(Stage):
                 seed=ask.seed,
                 hold=ask.hold,
                 unfold=ask.unfold,
+                share=ask.sums,
                 gram=self._gram[1],
             )
         finally:
@@ -140,9 +160,15 @@ class Block(Stage):
         held = sum(layer.rows * sum(layer.matrix.shape) for layer in self.layers) <= HELD_ELEMENTS
         matrices = {layer.name: layer.matrix for layer in self.layers}
         summed = [layer.name for layer in self.layers if held and ask.wants_sum(layer)]
+        rooms = {(layer.name, what): _Room(layer.rows) for layer in self.layers for what in Seen._fields}
+
+        def place(name: str, what: str, tensor: Tensor) -> Tensor:
+            return rooms[name, what].put(tensor)
+
         groups: dict[str, str] | None = None
         self.ends = []
-        for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed):
+        keep = place if held else None
+        for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
             self.ends.append(output)
             firsts: dict[int, str] = {}
             here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
@@ -166,9 +192,9 @@ class Block(Stage):
             found = (seen._replace(Z=seen.Z.new_empty(0)) for seen in found)  # of no use
             if layer.name not in self._dense:  # too much to hold
                 return found
+            room, others = _Room(layer.rows), _Room(layer.rows)
+            held = [seen._replace(kept=room.put(seen.kept), beside=None if seen.beside is None else others.put(seen.beside)) for seen in found]
+            self._inputs = group, [seen._replace(beside=None) for seen in held]
             if summed:
-                seen = list(found)
-                self._inputs = group, [each._replace(beside=None) for each in seen]
-                return iter(seen)
-            self._inputs = group, list(found)
+                return iter(held)
         return iter(self._inputs[1])

@@ -144,7 +144,7 @@ def runs(depth: int, **asked: Any) -> int:
 def test_the_work_grows_with_the_depth_and_not_with_its_square() -> None:
     shallow, middle, deep = (runs(depth) for depth in (2, 4, 8))
     assert deep - middle == 2 * (middle - shallow)
-    assert runs(8, blocks=None) > 3 * deep
+    assert runs(8, blocks=None) > 2 * deep  # of which only the pruned network's grow so: the dense one of a small network is run once
 
 
 def test_layers_with_one_input_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
