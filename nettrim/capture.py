@@ -143,20 +143,23 @@ def together(
         found: dict[str, Seen] = {}
         calls: dict[str, layers.Call] = {}
         sums = Sums({name: matrices[name].module for name in summed})
-        given: list[tuple[Any, int, type, Tensor]] = []  # the inputs themselves: while they are held no other has their memory
+        given: list[tuple[Any, int, Tensor]] = []  # the inputs themselves: while they are held no other has their memory
 
         def hook(name: str, matrix: Matrix, index: int = index, found: Any = found, calls: Any = calls, given: list[Any] = given) -> Any:
             kind, part = matrix.kind, matrix.part
 
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
                 call = layers.Call(args, kwargs, out)
-                x, own = call.argument(module), type(kind)
-                kept = next((kept for y, version, other, kept in given if y is x and version == x._version and other is own), None)
+                x = call.argument(module)
+                # rows that are made of an input are no other layer's: another kernel, stride or padding makes others of it
+                plain = type(kind).inputs is layers.Kind.inputs and type(kind).unfold is layers.Kind.unfold
+                kept = next((kept for y, version, kept in given if plain and y is x and version == x._version), None)
                 if kept is None:
                     kept = kind.inputs(module, part, call).to(device=device)
                     _require_finite(kept, f"the input of layer {name!r}", index)
                     kept = copied(name, "kept", kept)
-                    given.append((x, x._version, own, kept))
+                    if plain:
+                        given.append((x, x._version, kept))
                 Z = kind.outputs(module, part, call).to(device=device, dtype=matrix.compute_dtype)
                 _require_finite(Z, f"the output of layer {name!r}", index)
                 found[name] = Seen(kept, copied(name, "Z", Z))

@@ -7,7 +7,7 @@ import torch
 from networks import same_bits, samples, state_of
 from torch import Tensor, nn
 
-from nettrim import ArgumentError, NetTrimError, PruneResult, prune, verify
+from nettrim import ArgumentError, NetTrimError, PruneResult, prune, stages, verify
 from nettrim.solvers import support
 
 TOKENS = torch.randint(0, 23, (10, 6), generator=torch.Generator().manual_seed(0))
@@ -288,3 +288,24 @@ def test_an_error_in_a_block_leaves_the_model_as_it_was() -> None:
     assert same_bits(state_of(model), changed)
     assert not same_bits(before, changed)
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+
+
+class Twice(torch.nn.Module):
+    """Two convolutions of one input, of one shape: what they make rows of it by is not the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.near(x)) * torch.sigmoid(self.far(x)) + x
+
+
+@pytest.mark.parametrize("blocks", ("auto", None))
+def test_convolutions_of_one_input_have_gram_matrices_of_their_own(blocks: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, data = torch.nn.Sequential(Twice(), Twice()), torch.randn(20, 4, 6, 6)
+    found = prune(model, data, sparsity=0.5, fidelity="layer", allocation="uniform", blocks=blocks)
+    monkeypatch.setattr(stages.Block, "observe", stages.Stage.observe)
+    apart = prune(model, data, sparsity=0.5, fidelity="layer", allocation="uniform", blocks=blocks)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), apart.model.parameters(), strict=True))
