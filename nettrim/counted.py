@@ -4,8 +4,8 @@ Before a ReLU too it is the program without one, for the pre-activations: their 
 sees ``G`` and ``C`` alone. In a cascade, with ``B`` (P, M) for what the layer's output is added to, if it is a part of a sum:
 
 * targets that make the dense network's sum:  ``A Wᵀ + B − B̂``
-* those of a ``repair`` ``r`` below 1, which lean to what the dense weights make of the disturbed inputs, and to what is added as it is:
-  ``T = r (A Wᵀ + r (B − B̂)) + (1 − r) Â Wᵀ``
+* those of a ``repair`` below 1, which lean to what the dense weights make of the disturbed inputs:
+  ``T = repair · (A Wᵀ + B − B̂) + (1 − repair) · Â Wᵀ``
 * damped, the program is about ``‖Â Ŵᵀ − T‖² + δ Σ_j ‖â_j‖² ‖ŵ_j − w_j‖²`` (columns ``j``): what is expected on inputs that have independent noise
   of ``δ`` times their energy, which dense and pruned weights see alike. It is the same program with a row more for every input.
 
@@ -97,7 +97,7 @@ def _rows(layer: Layer, group: int, repair: float, damping: float) -> tuple[Tens
 
 
 def _aims(layer: Layer, group: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """``(Â, A Wᵀ + r (B − B̂))`` of one group, of the rows that the program is solved on, chunk by chunk."""
+    """``(Â, A Wᵀ + B − B̂)`` of one group, of the rows that the program is solved on, chunk by chunk."""
     if layer.drawn is None:
         return layer.observation.aims(group)
     inside, outputs = layer.observation.columns(group)

@@ -308,13 +308,12 @@ def observe(
     unfold: bool = True,
     pruned_batches: list[Any] | None = None,
     summed: bool = False,
-    share: float = 1.0,
 ) -> Layer:
     """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
 
     With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
     convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same. ``summed`` says that
-    it is wanted, of both networks, what the layer's outputs are added to, and ``share`` how much of the difference is to be made up for.
+    it is wanted, of both networks, what the layer's outputs are added to.
 
     Raises
     ------
@@ -331,8 +330,7 @@ def observe(
         return capture.kept(pruned, given, run, layer.of(pruned), device=device, summed=summed)
 
     return observed(
-        layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, share=share,
-        gram=Gram(),
+        layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram()
     )
 
 
@@ -346,7 +344,6 @@ def observed(
     seed: int = 0,
     hold: bool = False,
     unfold: bool = True,
-    share: float = 1.0,
     gram: Gram | None = None,
 ) -> Layer:
     """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count."""
@@ -366,7 +363,7 @@ def observed(
             wide = matrix.compute_dtype
             apart += square_sum(seen.kept.to(wide) - given.kept.to(wide))
             size += square_sum(given.kept.to(wide))
-            more = None if given.beside is None or seen.beside is None else torch.sub(given.beside, seen.beside, out=seen.beside).mul_(share)
+            more = None if given.beside is None or seen.beside is None else torch.sub(given.beside, seen.beside, out=seen.beside)
             yield Seen(seen.kept, given.Z, more)
 
     where = torch.device(device) if device is not None else matrix.weight.device

@@ -98,7 +98,7 @@ def execute(task: Task, options: Options) -> PruneResult:
     route = Whole(model, pruned, run, solve_on, keep_out, device) if chain is None else Blocks(chain, model, pruned, run, solve_on, keep_out, device)
     cascade = options.mode == "cascade"
     held, unfold = task.executor is not None, options.solver != cg_admm.NAME
-    ask = Ask(cascade, float(options.repair) if options.epsilon is None else 0.0, options.max_rows, options.seed, held, unfold)
+    ask = Ask(cascade, options.epsilon is None and options.repair != 0, options.max_rows, options.seed, held, unfold)
     through: dict[str, float | None] = {}
     stage: Stage
     records: dict[str, Record] = {}

@@ -38,21 +38,21 @@ class Ask:
     ----------
     cascade : bool
         Inputs are those of the network pruned so far.
-    sums : float
-        Where a layer's output is added to something, so much of what that is off by is made up for; with 0 it is not looked at.
+    sums : bool
+        Where a layer's output is added to something, it is wanted by how much that is off.
     max_rows, seed, hold, unfold
         Of :func:`nettrim.observing.observe`.
     """
 
     cascade: bool
-    sums: float
+    sums: bool
     max_rows: int | None
     seed: int
     hold: bool
     unfold: bool
 
     def wants_sum(self, layer: TracedLayer) -> bool:
-        return self.cascade and self.sums > 0 and layer.summed
+        return self.cascade and self.sums and layer.summed
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ class Stage:
         """What the layer's program needs; see :func:`nettrim.observing.observe`."""
         there = self.pruned if ask.cascade else None
         return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=ask.max_rows, seed=ask.seed, hold=ask.hold,
-                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer), share=ask.sums)  # fmt: skip
+                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer))  # fmt: skip
 
     def kept_out(self, layer: TracedLayer, *, cascade: bool) -> Layer:
         """The same of the samples kept out."""
@@ -149,7 +149,6 @@ class Block(Stage):
                 seed=ask.seed,
                 hold=ask.hold,
                 unfold=ask.unfold,
-                share=ask.sums,
                 gram=self._gram[1],
             )
         finally:

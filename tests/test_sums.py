@@ -131,7 +131,7 @@ def test_with_all_weights_kept_the_sum_is_fitted(repair: float, way: dict[str, A
 
     pruned: Any = result.model
     (h, A), (h_off, A_off) = inner(model, model.first), inner(pruned, pruned.first)
-    Y = model.lower[0](A) + repair * (h - h_off)
+    Y = model.lower[0](A) + h - h_off
     target = repair * Y + (1 - repair) * model.lower[0](A_off)
     ones = torch.cat([A_off, torch.ones(len(x), 1)], 1).double()
     W = torch.cat([pruned.lower[0].weight, pruned.lower[0].bias[:, None]], 1).double()

@@ -254,7 +254,7 @@ class LayerPair:
         aim, added = before, np.zeros_like(before)
         if self.summed and seen is not None:
             added = self.beside(call)
-            aim = before + repair * (added - self.beside(seen))
+            aim = before + (added - self.beside(seen))
         everything = (before, output, V, Z, behind.lipschitz * np.abs(sums), aim, added)
         squares = np.square(self.unfolded(source)) if self.damping else np.zeros(len(before))
         found.columns = found.columns + squares.sum(0)
