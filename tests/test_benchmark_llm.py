@@ -45,6 +45,7 @@ def test_the_tiny_command_measures_every_method_and_resumes(tmp_path: Path, monk
     monkeypatch.setattr(llm, "measure", lambda subject, settings: {**runs[-1], "perplexity": 77.0})
     assert command(*TINY, "--kept", "0.5,2:4", "--out", str(out)).exit_code == 0
     assert [run["perplexity"] == 77 for run in json.loads(out.read_text())["runs"]] == [False] * len(runs) + [True] * 2
+    monkeypatch.undo()
     shown = command(*TINY, "--kept", "0.5", "--methods", "nettrim-full-repair", "--out", str(out))
     assert shown.exit_code == 0 and "nettrim-full-repair" in shown.output
 
