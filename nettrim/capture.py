@@ -153,6 +153,7 @@ def together(
                 x = call.argument(module)
                 # rows that are made of an input are no other layer's: another kernel, stride or padding makes others of it
                 plain = type(kind).inputs is layers.Kind.inputs and type(kind).unfold is layers.Kind.unfold
+                plain = plain and not x.is_inference()  # which has no version: what is written into it would not be noticed
                 kept = next((kept for y, version, kept in given if plain and y is x and version == x._version), None)
                 if kept is None:
                     kept = kind.inputs(module, part, call).to(device=device)

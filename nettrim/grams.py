@@ -11,6 +11,7 @@ from torch import Tensor
 
 _STRIPS = 8
 _TOGETHER = 1024
+_TINY = 1e-30  # a mean square from which float32 loses no digits
 _MANY = 2**16  # numbers, from which the roundings of their squares average out
 _MANY_PRODUCTS = 2**28  # of a chunk, from which those of its sums do
 _CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
@@ -23,7 +24,7 @@ def square_sum(x: Tensor) -> float:
         flat = x.reshape(-1)
         even = len(flat) // _TOGETHER * _TOGETHER
         found = float(flat[:even].view(-1, _TOGETHER).square().sum(1).double().sum()) + float(flat[even:].double().square().sum())
-        if found < torch.inf:
+        if _TINY * x.numel() < found < torch.inf:  # and neither over- nor underflown
             return found
     return float(x.double().square().sum())
 
@@ -35,11 +36,14 @@ class Gram:
     Attributes
     ----------
     G : Tensor or None, (N, N) float64
+    cancelled : float
+        Of `Moments`, as far as ``G`` decides.
     eigen : dict of dtype to (Tensor, Tensor)
         Eigenvalues (N,) and eigenvectors (N, N) of ``G`` in columns of unit norm.
     """
 
     G: Tensor | None = None
+    cancelled: float = _CANCELLED
     eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _damped: dict[float, Gram] = field(default_factory=dict)
 
@@ -49,7 +53,7 @@ class Gram:
         if damping not in self._damped:
             G = self.G.clone()
             G.diagonal()[:columns] *= 1 + damping
-            self._damped[damping] = Gram(G)
+            self._damped[damping] = Gram(G, self.cancelled)
         return self._damped[damping]
 
 
@@ -121,10 +125,11 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     cancelled = _CANCELLED
     for A, Y in rows:
         N, M = A.shape[1], Y.shape[1]
-        if len(A) * N * (N + M) < _MANY_PRODUCTS:
+        if len(A) * N * (N + M) < _MANY_PRODUCTS or torch.get_float32_matmul_precision() != "highest":
             A, Y = A.double(), Y.double()
         elif A.dtype != torch.float64:
             cancelled = _CANCELLED_ROUGH
+            gram.cancelled = gram.cancelled if known else cancelled
         if C is None or squares is None:
             C, squares = Y.new_zeros(M, N, dtype=torch.float64), Y.new_zeros(M, dtype=torch.float64)
         if not known:
@@ -138,7 +143,7 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     assert squares is not None
     if not known and gram.G is not None:
         gram.G = gram.G.triu() + gram.G.triu(1).T
-    return Moments(gram, C, squares, cancelled)
+    return Moments(gram, C, squares, max(cancelled, gram.cancelled))
 
 
 def rough_dtype(like: Tensor) -> torch.dtype | None:

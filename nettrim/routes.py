@@ -34,7 +34,7 @@ class Whole:
     def stages(self, chosen: list[TracedLayer]) -> Iterator[Stage]:
         """The stages, one behind the other; the next is to be asked for when the layers of the one before it are done."""
         little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observing.HELD_ELEMENTS // 4
-        yield (Block if little else Stage)(chosen, *self._parts)
+        yield Block(chosen, *self._parts, keep_ends=False) if little else Stage(chosen, *self._parts)
 
 
 @dataclass(eq=False)

@@ -119,10 +119,11 @@ class _Room:
 class Block(Stage):
     """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
 
-    ``ends`` is what the dense block returned, batch by batch, once its layers were observed.
+    ``ends`` is what the dense block returned, batch by batch, once its layers were observed, if that is wanted.
     """
 
     ends: list[Any] = field(default_factory=list)
+    keep_ends: bool = True
     _dense: dict[str, list[Seen]] = field(default_factory=dict)
     _groups: dict[str, str] | None = None
     _inputs: tuple[str, list[Seen]] | None = None
@@ -156,7 +157,7 @@ class Block(Stage):
 
     def _look(self, ask: Ask) -> None:
         """Run the dense block once: what its layers are given and give, where that can be held, and which are given the same."""
-        held = sum(layer.rows * sum(layer.matrix.shape) for layer in self.layers) <= HELD_ELEMENTS
+        held = sum(layer.rows * (sum(layer.matrix.shape) + layer.matrix.shape[0] * ask.wants_sum(layer)) for layer in self.layers) <= HELD_ELEMENTS
         matrices = {layer.name: layer.matrix for layer in self.layers}
         summed = [layer.name for layer in self.layers if held and ask.wants_sum(layer)]
         rooms = {(layer.name, what): _Room(layer.rows) for layer in self.layers for what in Seen._fields}
@@ -168,7 +169,7 @@ class Block(Stage):
         self.ends = []
         keep = place if held else None
         for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
-            self.ends.append(output)
+            self.ends += [output] * self.keep_ends
             firsts: dict[int, str] = {}
             here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
             # alike in every batch, or by itself

@@ -222,3 +222,10 @@ def test_what_does_not_look_at_sums(asked: dict[str, Any], monkeypatch: pytest.M
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(ours, theirs) for ours, theirs in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_forward_pass_in_inference_mode() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    run = torch.inference_mode()(lambda net, batch: net(batch))
+    asked: dict[str, Any] = {"sparsity": 0.5, "fidelity": "layer", "allocation": "uniform"}
+    assert _same(nettrim.prune(model, data(), **asked, forward_fn=run).model, nettrim.prune(model, data(), **asked).model)

@@ -117,7 +117,7 @@ class Work:
     def calls(self, names: list[str]) -> Iterator[tuple[str | None, Any, Any, Array | None]]:
         """Every call of the layers ``names``, dense and pruned, with the rows of it that count; and the outputs, under None."""
         start = dict.fromkeys(names, 0)
-        summed = [name for name, pair in self.pairs.items() if pair.summed]
+        summed = [name for name in names if name in self.pairs and self.pairs[name].summed]
         for ours, theirs, dense_output, pruned_output in pass_over(self.dense, self.pruned, names, self.batches, self.run, summed):
             for name in names:
                 if name not in self.pairs:
