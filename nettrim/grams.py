@@ -19,7 +19,7 @@ _CANCELLED_ROUGH = 1e-3  # where a chunk's sums were in float32
 
 
 def square_sum(x: Tensor) -> float:
-    """``Σ x²`` in float64, to about nine digits: of many float32 numbers some at a time in float32, whose roundings average out."""
+    """``Σ x²``: of many float32 numbers some at a time in float32, to nine digits where their roundings average out, and to seven where not."""
     if x.dtype == torch.float32 and x.numel() >= _MANY:
         flat = x.reshape(-1)
         even = len(flat) // _TOGETHER * _TOGETHER
