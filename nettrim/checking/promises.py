@@ -201,8 +201,8 @@ class Size:
 def of_norm(value: float, noise: float, entries: int) -> float:
     """How far a norm over so many entries moves when each is rounded anew and all of it amounts to ``noise``.
 
-    Rounding has no direction, so it adds in squares; the term beside is six standard deviations of what it does along the difference. The last is what
-    squares of float32 numbers are off by where all are one number, so that their roundings do not average out.
+    Rounding has no direction, so it adds in squares; the term beside is six standard deviations of what it does along the difference. The last is
+    what squares of float32 numbers are off by where all are one number, so that their roundings do not average out.
     """
     if not math.isfinite(value):
         return 0.0
