@@ -57,7 +57,7 @@ def accumulated(
                 if name not in dense or name not in other or dense[name].shape != other[name].shape:
                     squares[name] = math.nan
                     continue
-                squares[name] += square_sum(other[name] - dense[name])
+                squares[name] += square_sum(other[name].double() - dense[name].double())
                 norms[name] += square_sum(dense[name])
         found.update({name: None if math.isnan(squares[name]) else share(math.sqrt(squares[name]), math.sqrt(norms[name])) for name in group})
     return found

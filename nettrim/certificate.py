@@ -200,9 +200,8 @@ class Apart:
             raise _incomparable([tuple(tensor.shape) for tensor in pruned], [tuple(tensor.shape) for tensor in dense])
         for ours, theirs in zip(dense, pruned, strict=True):
             for a, b in zip(ours.reshape(-1).split(_CHUNK), theirs.reshape(-1).split(_CHUNK), strict=True):
-                wide = torch.promote_types(a.dtype, torch.float32)
-                self.difference += square_sum(b.to(wide) - a.to(wide))
-                self.square += square_sum(a.to(wide))
+                self.difference += square_sum(b.double() - a.double())
+                self.square += square_sum(a)
 
     @property
     def figures(self) -> tuple[float, float]:

@@ -10,23 +10,12 @@ import torch
 from torch import Tensor
 
 _STRIPS = 8
-_TOGETHER = 1024
-_TINY = 1e-30  # a mean square from which float32 loses no digits
-_MANY = 2**16  # numbers, from which the roundings of their squares average out
-_MANY_PRODUCTS = 2**28  # of a chunk, from which those of its sums do
 _CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
-_CANCELLED_ROUGH = 1e-3  # where a chunk's sums were in float32
 
 
 def square_sum(x: Tensor) -> float:
-    """``Σ x²``: of many float32 numbers some at a time in float32, to nine digits where their roundings average out, and to seven where not."""
-    if x.dtype == torch.float32 and x.numel() >= _MANY:
-        flat = x.reshape(-1)
-        even = len(flat) // _TOGETHER * _TOGETHER
-        found = float(flat[:even].view(-1, _TOGETHER).square().sum(1).double().sum()) + float(flat[even:].double().square().sum())
-        if _TINY * x.numel() < found < torch.inf:  # and neither over- nor underflown
-            return found
-    return float(x.double().square().sum())
+    """``Σ x²`` in float64, whatever the dtype of ``x``, without a copy of it."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 @dataclass(eq=False)
@@ -36,14 +25,11 @@ class Gram:
     Attributes
     ----------
     G : Tensor or None, (N, N) float64
-    cancelled : float
-        Of `Moments`, as far as ``G`` decides.
     eigen : dict of dtype to (Tensor, Tensor)
         Eigenvalues (N,) and eigenvectors (N, N) of ``G`` in columns of unit norm.
     """
 
     G: Tensor | None = None
-    cancelled: float = _CANCELLED
     eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _damped: dict[float, Gram] = field(default_factory=dict)
 
@@ -53,7 +39,7 @@ class Gram:
         if damping not in self._damped:
             G = self.G.clone()
             G.diagonal()[:columns] *= 1 + damping
-            self._damped[damping] = Gram(G, self.cancelled)
+            self._damped[damping] = Gram(G)
         return self._damped[damping]
 
 
@@ -69,14 +55,11 @@ class Moments:
         ``YᵀA``.
     squares : Tensor, (M,)
         ``‖y_m‖²`` of each output.
-    cancelled : float
-        The share of ``‖Y‖²`` that a misfit is to exceed, so that it can be told from these sums.
     """
 
     gram: Gram
     C: Tensor
     squares: Tensor
-    cancelled: float = _CANCELLED
 
     @property
     def G(self) -> Tensor:
@@ -92,7 +75,7 @@ class Moments:
         """``‖A w_m − y_m‖²`` of each row of the weights (M, N), (M,); None where too few digits of it would be right."""
         W = W.to(self.C)
         found = self.squares - ((2 * self.C - W @ self.G) * W).sum(1)
-        return found if float(found.sum()) > self.cancelled * float(self.squares.sum()) else None
+        return found if float(found.sum()) > _CANCELLED * float(self.squares.sum()) else None
 
     def leaning(self, repair: float, dense: Tensor) -> Moments:
         """Those of ``repair · y + (1 − repair) · A wᵀ`` for the weights ``dense`` (M, N)."""
@@ -116,34 +99,25 @@ class Moments:
 
 
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet.
-
-    Sums over the chunks are in float64. Those of a chunk of float32 numbers are in float32 if it is a large one, whose roundings average out.
-    """
+    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet."""
     known = gram.G is not None
     C = squares = None
-    cancelled = _CANCELLED
-    for A, Y in rows:
-        N, M = A.shape[1], Y.shape[1]
-        if len(A) * N * (N + M) < _MANY_PRODUCTS or torch.get_float32_matmul_precision() != "highest":
-            A, Y = A.double(), Y.double()
-        elif A.dtype != torch.float64:
-            cancelled = _CANCELLED_ROUGH
-            gram.cancelled = gram.cancelled if known else cancelled
+    for part, targets in rows:
+        A, Y = part.double(), targets.double()
         if C is None or squares is None:
-            C, squares = Y.new_zeros(M, N, dtype=torch.float64), Y.new_zeros(M, dtype=torch.float64)
+            C, squares = Y.new_zeros(Y.shape[1], A.shape[1]), Y.new_zeros(Y.shape[1])
         if not known:
-            gram.G = A.new_zeros(N, N, dtype=torch.float64) if gram.G is None else gram.G
-            step = -(-N // _STRIPS)
-            for start in range(0, N, step):  # of a symmetric matrix one half, strip by strip
-                gram.G[: start + step, start : start + step] += A[:, : start + step].T @ A[:, start : start + step]
-        C += Y.T @ A
+            gram.G = A.new_zeros(A.shape[1], A.shape[1]) if gram.G is None else gram.G
+            step = -(-A.shape[1] // _STRIPS)
+            for start in range(0, A.shape[1], step):  # of a symmetric matrix one half, strip by strip
+                gram.G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
+        C.addmm_(Y.T, A)
         squares += Y.square().sum(0)
     assert C is not None
     assert squares is not None
     if not known and gram.G is not None:
         gram.G = gram.G.triu() + gram.G.triu(1).T
-    return Moments(gram, C, squares, max(cancelled, gram.cancelled))
+    return Moments(gram, C, squares)
 
 
 def rough_dtype(like: Tensor) -> torch.dtype | None:

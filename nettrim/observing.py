@@ -266,9 +266,9 @@ class Layer:
         matrix.write_back(W)
 
     def run(self, matrix: Matrix, A: Tensor) -> Tensor:
-        """``u`` of the stored weights on rows, (p, M): in the compute dtype, in float64 where a BatchNorm is folded in."""
-        Z = matrix.forward_rows(A)
-        return Z if self.norm is None else Z.double() * self._scale()
+        """``u`` of the stored weights on rows, (p, M) float64."""
+        U = matrix.forward_rows(A).double()
+        return U if self.norm is None else U * self._scale()
 
     def apply(self, W: Tensor, A: Tensor) -> Tensor:
         """``A Wᵀ``, group by group, of folded weights (M, N), in the dtype of both."""

@@ -24,7 +24,6 @@ from nettrim.layers import Matrix
 
 EPS = {"torch.float16": 2.0**-10, "torch.bfloat16": 2.0**-7, "torch.float32": 2.0**-23, "torch.float64": 2.0**-52}
 _PATTERN = r"[1-9]\d{0,5}:[1-9]\d{0,5}|block:[1-9]\d{0,5}x[1-9]\d{0,5}"
-_SQUARES = 1e-7
 _SMALLEST = {"torch.float16": 2.0**-14, "torch.bfloat16": 2.0**-126, "torch.float32": 2.0**-126, "torch.float64": 2.0**-1022}
 
 
@@ -201,12 +200,11 @@ class Size:
 def of_norm(value: float, noise: float, entries: int) -> float:
     """How far a norm over so many entries moves when each is rounded anew and all of it amounts to ``noise``.
 
-    Rounding has no direction, so it adds in squares; the term beside is six standard deviations of what it does along the difference. The last is
-    what squares of float32 numbers are off by where all are one number, so that their roundings do not average out.
+    Rounding has no direction, so it adds in squares; the term beside is six standard deviations of what it does along the difference.
     """
     if not math.isfinite(value):
         return 0.0
-    return math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(entries, 1)) + _SQUARES * value
+    return math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(entries, 1)) + 1e-9 * value
 
 
 def size_of(pair: LayerPair, measured: Measured | None = None) -> Size:
