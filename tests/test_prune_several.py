@@ -104,6 +104,16 @@ def data(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("options", ({"epsilon": 0.2}, {"sparsity": 0.5}), ids=str)
+def test_the_callers_random_numbers_are_left_alone(name: str, options: dict[str, Any]) -> None:
+    """Nothing is drawn from the process's generator: what another thread draws meanwhile is what it would be."""
+    x, model = data(name), NETWORKS[name]()
+    before = torch.get_rng_state()
+    prune(model, x, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_promise_of_every_matrix_is_kept(name: str) -> None:
     x = data(name)
     model = NETWORKS[name]().eval()

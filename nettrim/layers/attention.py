@@ -59,8 +59,7 @@ def _before_projection(module: nn.Module, call: Call) -> Tensor:
     bare = copy.copy(module)
     bare._parameters = dict(module._parameters)
     weight: Tensor = module.out_proj.weight  # type: ignore[union-attr,assignment]
-    identity = nn.Linear(weight.shape[1], weight.shape[1], bias=False, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        identity.weight.copy_(torch.eye(weight.shape[1]))
+    identity = nn.Linear(weight.shape[1], weight.shape[1], bias=False, device="meta")  # which draws nothing from the process's generator
+    identity.weight = nn.Parameter(torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype), requires_grad=False)
     bare._modules = {**module._modules, "out_proj": identity}
     return type(module).forward(bare, *call.args, **call.kwargs)[0].flatten(0, -2)
