@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import NetTrimError
-from nettrim.passes import Stop, evaluation
+from nettrim.passes import Stop, evaluation, replaced
 
 HIDDEN = object()  # where a block's output holds the hidden state
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -88,9 +88,7 @@ class Chain:
         """Every block computes nothing: it returns what ``put_out(block, call, hidden state)`` says."""
         with ExitStack() as stack:
             for index, name in enumerate(self.names):
-                block = model.get_submodule(name)
-                stack.callback(_restore, block, vars(block).get("forward"))
-                block.forward = self._stub(index, put_out)
+                stack.enter_context(replaced(model.get_submodule(name), self._stub(index, put_out)))
             yield
 
     def _stub(self, index: int, put_out: Callable[[int, Call, Tensor], Tensor]) -> Callable[..., Any]:
@@ -135,13 +133,6 @@ class Chain:
         last = len(self.names) - 1
         with evaluation(model), self.bypassed(model, lambda place, call, given: hidden.to(given.device) if place == last else given):
             return run_batch(model, batch, index, run)
-
-
-def _restore(block: nn.Module, forward: Any) -> None:
-    if forward is None:
-        vars(block).pop("forward", None)
-    else:
-        block.forward = forward
 
 
 def _sparing(call: Call, before: list[Call]) -> Call:

@@ -16,7 +16,7 @@ from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
 from nettrim.layers import Matrix
-from nettrim.passes import Stop, evaluation, tensors_in
+from nettrim.passes import Stop, evaluation, replaced, tensors_in
 from nettrim.sums import Sums
 
 
@@ -39,7 +39,14 @@ class Seen(NamedTuple):
 
 
 def kept(
-    model: nn.Module, batches: list[Any], run: Run, matrix: Matrix, *, device: torch.device | str | None = None, summed: bool = False
+    model: nn.Module,
+    batches: list[Any],
+    run: Run,
+    matrix: Matrix,
+    *,
+    device: torch.device | str | None = None,
+    summed: bool = False,
+    given: bool = False,
 ) -> Iterator[Seen]:
     """What a layer is given and what it gives, batch by batch.
 
@@ -57,6 +64,8 @@ def kept(
         Where the results are; the layer's device by default.
     summed : bool
         Whether what the layer's output is added to is wanted.
+    given : bool
+        Whether only what the layer is given is wanted, and what it is added to: ``Z`` is then empty, and the layer need not be computed.
 
     Yields
     ------
@@ -75,12 +84,21 @@ def kept(
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         call = layers.Call(args, kwargs, out)
-        x, z = kind.inputs(module, part, call), kind.outputs(module, part, call)
+        x = kind.inputs(module, part, call)
         # copies: a model that catches even `Stop` goes on and may change both in place
-        seen.append(Seen(x.to(device=device, copy=True), z.to(device=device, dtype=matrix.compute_dtype, copy=True)))
+        kept = x.to(device=device, copy=True)
+        if given:
+            seen.append(Seen(kept, kept.new_empty(0)))
+        else:
+            seen.append(Seen(kept, kind.outputs(module, part, call).to(device=device, dtype=matrix.compute_dtype, copy=True)))
         calls[:] = [call]
         if not kind.repeats and not summed:
             raise Stop
+
+    def nothing(*args: Any, **kwargs: Any) -> Tensor:
+        """In the place of the layer's forward: what is beside its output in a sum does not depend on it."""
+        x = layers.Call(args, kwargs, None).argument(module)
+        return x.new_zeros(*x.shape[:-1], matrix.shape[0])
 
     for index, batch in enumerate(batches):
         seen.clear()
@@ -88,6 +106,8 @@ def kept(
         with evaluation(model), ExitStack() as stack:
             # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
             stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+            if given and kind.plain:
+                stack.enter_context(replaced(module, nothing))
             if summed:
                 stack.enter_context(sums.hooks())
                 stack.enter_context(sums)
@@ -132,8 +152,8 @@ def together(
     device: torch.device | str | None = None,
     summed: Collection[str] = (),
     place: Callable[[str, str, Tensor], Tensor] | None = None,
-) -> Iterator[tuple[dict[str, Seen], Any]]:
-    """As `kept`, of several layers in one forward pass of each batch, and what ``run`` returned. None of them may run more than once in a pass.
+) -> Iterator[tuple[dict[str, Seen], Any, Sums]]:
+    """As `kept`, of several layers in one forward pass of each batch; what ``run`` returned; and sums. None of them may run more than once in a pass.
 
     Of layers that are given the same input, what is kept of it is one tensor. ``summed`` names those of which it is wanted what they are added to.
     ``place(layer, field of Seen, tensor)`` is to return a copy of a tensor.
@@ -152,8 +172,7 @@ def together(
                 call = layers.Call(args, kwargs, out)
                 x = call.argument(module)
                 # rows that are made of an input are no other layer's: another kernel, stride or padding makes others of it
-                plain = type(kind).inputs is layers.Kind.inputs and type(kind).unfold is layers.Kind.unfold
-                plain = plain and not x.is_inference()  # which has no version: what is written into it would not be noticed
+                plain = kind.plain and not x.is_inference()  # which has no version: what is written into it would not be noticed
                 kept = next((kept for y, version, kept in given if plain and y is x and version == x._version), None)
                 if kept is None:
                     kept = kind.inputs(module, part, call).to(device=device)
@@ -184,7 +203,7 @@ def together(
             )
         for name, call in calls.items():
             found[name] = found[name]._replace(beside=copied(name, "beside", _beside(sums, name, matrices[name], call, index, device)))
-        yield found, output
+        yield found, output, sums
 
 
 def rows(

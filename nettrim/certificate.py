@@ -82,8 +82,9 @@ def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], T
     for A, U in layer.observation.chunks():
         Z = layer.run(matrix, A)
         output += square_sum(layer.output(U))
-        apart += _apart(layer, Z, U)
-        left += square_sum(distance(Z, U))
+        here = square_sum(distance(Z, U))
+        left += here
+        apart += here if layer.function is None else _apart(layer, Z, U)
         sums.add(A)
     left *= layer.lipschitz**2
     return Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart)

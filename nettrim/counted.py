@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nettrim.budgets import Budget, held_targets, l1_weights, rows_of
+from nettrim.grams import column_squares
 from nettrim.observing import Layer
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
@@ -112,7 +113,7 @@ def _damping_rows(layer: Layer, group: int, damping: float) -> Tensor | None:
     if layer.aims is not None:
         squares = layer.aims.G.diagonal()
     else:
-        squares = sum((A.double().square().sum(0) for A, _ in _aims(layer, group)), start=torch.zeros(()))
+        squares = sum((column_squares(A) for A, _ in _aims(layer, group)), start=torch.zeros(()))
     rows = squares.new_zeros(N, N + layer.matrix.has_bias)
     rows.diagonal().copy_((damping * squares[:N]).sqrt())
     return rows.to(layer.dense.dtype)
@@ -126,7 +127,7 @@ def _shared(layer: Layer, pattern: Pattern, sparsity: float, support: Tensor | N
         return [pattern.kept(each, sparsity)]
     if pattern is not UNSTRUCTURED:
         return [pattern.kept(each, sparsity)] * layer.groups
-    squares = sum(A.double().square().sum(0) for A, _ in layer.solved_on())
+    squares = sum(column_squares(A) for A, _ in layer.solved_on())
     assert isinstance(squares, Tensor)
     of_columns = squares.view(layer.groups, 1, -1)[..., :N].expand(layer.groups, each[0], N).reshape(M, N)
     scores = of_columns * layer.dense[:, :N].double().square()

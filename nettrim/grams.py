@@ -9,13 +9,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
 _CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
 
 
 def square_sum(x: Tensor) -> float:
-    """``Σ x²`` in float64, whatever the dtype of ``x``, without a copy of it."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    """``Σ x²`` in float64, whatever the dtype of ``x``."""
+    total = 0.0
+    for part in x.reshape(-1).split(_IN_CACHE):
+        wide = part.double()
+        total += float(torch.dot(wide, wide))
+    return total
+
+
+def column_squares(A: Tensor) -> Tensor:
+    """``‖a_j‖²`` of every column, (N,) float64."""
+    found = torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
+    for part in A.split(max(1, _IN_CACHE // max(1, A.shape[1]))):
+        found += part.double().square_().sum(0)
+    return found
 
 
 @dataclass(eq=False)
@@ -87,7 +100,6 @@ class Moments:
         squares = repair**2 * self.squares + 2 * repair * (1 - repair) * (self.C * W).sum(1) + (1 - repair) ** 2 * own
         return dataclasses.replace(self, C=repair * self.C + (1 - repair) * V, squares=squares)
 
-
     def damped(self, damping: float, dense: Tensor, columns: int) -> Moments:
         """Those with a row more for each of the first so many inputs ``j``, ``√damping ‖a_j‖`` there, and what the weights ``dense`` make of it."""
         if damping == 0:
@@ -112,7 +124,7 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
             for start in range(0, A.shape[1], step):  # of a symmetric matrix one half, strip by strip
                 gram.G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
         C.addmm_(Y.T, A)
-        squares += Y.square().sum(0)
+        squares += column_squares(targets)
     assert C is not None
     assert squares is not None
     if not known and gram.G is not None:

@@ -326,8 +326,8 @@ def observe(
 
     def disturbed() -> Iterator[Seen]:
         assert pruned is not None
-        given = batches if pruned_batches is None else pruned_batches
-        return capture.kept(pruned, given, run, layer.of(pruned), device=device, summed=summed)
+        inputs = batches if pruned_batches is None else pruned_batches
+        return capture.kept(pruned, inputs, run, layer.of(pruned), device=device, summed=summed, given=True)
 
     return observed(
         layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram()

@@ -22,8 +22,10 @@ def largest(scores: Tensor, count: int) -> Tensor:
         threshold = float(np.partition(scores.numpy(), cut)[cut])
     else:
         threshold = float(scores.topk(count).values[-1])
-    chosen = scores > threshold
-    chosen[(scores == threshold).nonzero()[: count - int(chosen.count_nonzero())]] = True
+    chosen = scores >= threshold
+    if (over := int(chosen.count_nonzero()) - count) > 0:
+        equal = (scores == threshold).nonzero()
+        chosen[equal[len(equal) - over :]] = False
     return chosen
 
 

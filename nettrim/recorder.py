@@ -95,6 +95,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
         self.modules = modules
+        self._kinds = {name: layers.find_kind(module) for name, module in modules.items()}
         self.seen = PassRecord()
         self.cells: dict[StorageWeakRef, Cell] = {}  # weak: the activations are freed as without the trace
         self.inside = False  # a layer's forward: what it does with its own input and weights is no other use
@@ -120,7 +121,7 @@ class Recorder(TorchDispatchMode):
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             readings = [self._read(x, _input_of(name)) for x in tensors]
             self.seen.reads[name] = readings[0] if readings else None
-            kind = layers.find_kind(module)
+            kind = self._kinds[name]
             reason = None if kind is None else kind.refuses_call(module, args, kwargs)
             if reason is not None:
                 self.seen.refused.setdefault(name, reason)
@@ -133,7 +134,7 @@ class Recorder(TorchDispatchMode):
             value = Value(name, (tuple(out.shape), out.stride()) if isinstance(out, Tensor) and _has_storage(out) else None)
             self.seen.calls.append(name)
             self.seen.values.append(value)
-            kind = layers.find_kind(module)
+            kind = self._kinds[name]
             if isinstance(out, Tensor) and kind is not None and kind.observed:
                 part, call = kind.parts(module)[0], layers.Call(args, kwargs, out)
                 self.seen.spread[name] = max(kind.spread(module, part, call), self.seen.spread.get(name, 1.0))

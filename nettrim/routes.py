@@ -34,7 +34,7 @@ class Whole:
     def stages(self, chosen: list[TracedLayer]) -> Iterator[Stage]:
         """The stages, one behind the other; the next is to be asked for when the layers of the one before it are done."""
         little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observing.HELD_ELEMENTS // 4
-        yield Block(chosen, *self._parts, keep_ends=False) if little else Stage(chosen, *self._parts)
+        yield Block(chosen, *self._parts) if little else Stage(chosen, *self._parts)
 
 
 @dataclass(eq=False)
@@ -108,18 +108,18 @@ class Blocks:
         home = self._pruned.get_submodule(name)
         dense, pruned = (self._brought(model.get_submodule(name)) for model in (self._model, self._pruned))
         run = partial(self._run_block, place)
-        ends: list[Any] = []
+        ends: list[list[Tensor]] = [[], []]
         if here:
             inside = [self._rooted(layer, name, dense) for layer in here]
             parts = [Part(ours.into(place), theirs.into(place)) for ours, theirs in self._streams]
-            stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device)
+            stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._chain.hidden, place))
             yield stage
-            ends = stage.ends
+            ends = [stage.ends, stage.pruned_ends()]
             del stage
         for ours, theirs in self._streams:
-            self._advance(ours, place, dense, run, ends)
-            self._advance(theirs, place, pruned, run, [])
-            ends = []
+            self._advance(ours, place, dense, run, ends[0])
+            self._advance(theirs, place, pruned, run, ends[1])
+            ends = [[], []]
         if pruned is not home:
             with torch.no_grad():
                 for to, value in zip(home.parameters(), pruned.parameters(), strict=True):
@@ -143,15 +143,15 @@ class Blocks:
         args, kwargs = call.arguments(hidden, device)
         return module(*args, **kwargs)
 
-    def _advance(self, stream: _Carried, place: int, module: nn.Module, run: Run, ends: list[Any]) -> None:
-        """One block further; ``ends`` is what it returns, where that is known."""
+    def _advance(self, stream: _Carried, place: int, module: nn.Module, run: Run, ends: list[Tensor]) -> None:
+        """One block further; ``ends`` are the hidden states there, where they are known."""
         for index, item in enumerate(stream.into(place)):
             if ends:
-                out = ends[index]
+                hidden = ends[index]
             else:
                 with evaluation(module):
-                    out = run_batch(module, item, index, run)
-            stream.hidden[index] = self._chain.hidden(place, out).to(stream.hidden[index].device)
+                    hidden = self._chain.hidden(place, run_batch(module, item, index, run))
+            stream.hidden[index] = hidden.to(stream.hidden[index].device)
 
     def _end(self, model: nn.Module, item: tuple[Any, int, Tensor]) -> Any:
         batch, index, hidden = item

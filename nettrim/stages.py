@@ -6,7 +6,7 @@ the pruned network is given the hidden states of the network pruned so far.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -119,11 +119,18 @@ class _Room:
 class Block(Stage):
     """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
 
-    ``ends`` is what the dense block returned, batch by batch, once its layers were observed, if that is wanted.
+    Attributes
+    ----------
+    hidden : callable(output) or None
+        The hidden state in what the block returns, if that is wanted.
+    ends : list of Tensor
+        The dense block's, batch by batch, once its layers were observed.
     """
 
-    ends: list[Any] = field(default_factory=list)
-    keep_ends: bool = True
+    hidden: Callable[[Any], Tensor] | None = None
+    ends: list[Tensor] = field(default_factory=list)
+    _in_sum: bool = False  # whether they are the sum that the last layer's output is a part of
+    _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
     _dense: dict[str, list[Seen]] = field(default_factory=dict)
     _groups: dict[str, str] | None = None
     _inputs: tuple[str, list[Seen]] | None = None
@@ -166,10 +173,13 @@ class Block(Stage):
             return rooms[name, what].put(tensor)
 
         groups: dict[str, str] | None = None
-        self.ends = []
+        self.ends, last = [], self.layers[-1]
         keep = place if held else None
-        for found, output in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
-            self.ends += [output] * self.keep_ends
+        self._in_sum = last.name in summed and last.norm is None and last.matrix.kind.plain
+        for found, output, sums in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
+            if self.hidden is not None:
+                self.ends.append(self.hidden(output))
+                self._in_sum = self._in_sum and sums.is_sum(last.name, self.ends[-1])
             firsts: dict[int, str] = {}
             here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
             # alike in every batch, or by itself
@@ -188,13 +198,29 @@ class Block(Stage):
         """What the layers of the group are given in the pruned block: it does not depend on their own weights; what is added to them may."""
         if self._inputs is None or ask.wants_sum(layer):
             matrix, summed = layer.of(self.pruned), ask.wants_sum(layer)
-            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed)
-            found = (seen._replace(Z=seen.Z.new_empty(0)) for seen in found)  # of no use
+            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True)
             if layer.name not in self._dense:  # too much to hold
                 return found
             room, others = _Room(layer.rows), _Room(layer.rows)
             held = [seen._replace(kept=room.put(seen.kept), beside=None if seen.beside is None else others.put(seen.beside)) for seen in found]
             self._inputs = group, [seen._replace(beside=None) for seen in held]
+            if self._in_sum and layer is self.layers[-1]:
+                self._last = [seen._replace(beside=None if seen.beside is None else seen.beside.clone()) for seen in held]
             if summed:
                 return iter(held)
         return iter(self._inputs[1])
+
+    def pruned_ends(self) -> list[Tensor]:
+        """What the pruned block puts out, batch by batch, if no pass is needed for it: it is the sum of its last layer's output, which was solved
+        last, and of what was seen beside it. Empty where it is not known.
+        """
+        matrix, found = self.layers[-1].of(self.pruned), []
+        for seen, end in zip(self._last, self.ends, strict=False):
+            assert seen.beside is not None
+            with torch.no_grad():  # by the module's own forward, whose hooks change nothing of what is a part of the sum
+                own = matrix.module.forward(seen.kept)
+            out = (seen.beside + own).to(end.dtype)  # exact in the wider dtype, so rounded once
+            if own.dtype != end.dtype or out.numel() != end.numel() or not bool(torch.isfinite(out.sum())):
+                return []
+            found.append(out.reshape(end.shape))
+        return found

@@ -98,7 +98,11 @@ def test_what_is_added_is_seen(add: Callable[..., Tensor]) -> None:
     assert torch.equal(seen.Z, model.fc(x))
     assert seen.beside is not None
     torch.testing.assert_close(seen.beside, model.other(x) * 2, rtol=0, atol=1e-6)
-    ((found, _),) = capture.together(model, [x], RUN, {"fc": layers.only_matrix(model.fc)}, summed=["fc"])
+    (given,) = capture.kept(model, [x], RUN, layers.only_matrix(model.fc), summed=True, given=True)
+    assert torch.equal(given.kept, x) and not len(given.Z) and given.beside is not None
+    torch.testing.assert_close(given.beside, seen.beside, rtol=0, atol=1e-6)
+    assert "forward" not in vars(model.fc)
+    ((found, *_),) = capture.together(model, [x], RUN, {"fc": layers.only_matrix(model.fc)}, summed=["fc"])
     assert torch.equal(found["fc"].beside, seen.beside)  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ Everything here is in rows and columns of unit norm (``S_mm = G_jj = 1``); weigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -111,20 +111,32 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Bases:
-    """Eigenvectors and their transposes, and products with them in their dtype."""
+    """Eigenvectors and their transposes, and products with them in their dtype.
+
+    What a search computes is written where it was before: memory that is taken anew in every iteration costs as much as the arithmetic.
+    """
 
     Q: Tensor
     QT: Tensor
     U: Tensor | None
     UT: Tensor | None
+    _rounded: dict[tuple[torch.Size, str], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, Q: Tensor, U: Tensor | None, dtype: torch.dtype) -> _Bases:
         return cls(Q.to(dtype), Q.T.contiguous().to(dtype), None if U is None else U.to(dtype), None if U is None else U.T.contiguous().to(dtype))
 
-    def times(self, X: Tensor, Y: Tensor) -> Tensor:
-        wide = torch.promote_types(X.dtype, Y.dtype)
-        return (X.to(self.Q.dtype) @ Y.to(self.Q.dtype)).to(wide)
+    def times(self, X: Tensor, Y: Tensor, out: Tensor) -> Tensor:
+        """``X Y`` into ``out``; one of the two is of the bases, the other in the dtype of ``out``."""
+        if self.Q.dtype == out.dtype:
+            return torch.mm(X, Y, out=out)
+        X, Y = (part if part.dtype == self.Q.dtype else self._room(part, "given").copy_(part) for part in (X, Y))
+        return out.copy_(torch.mm(X, Y, out=self._room(out, "made")))
+
+    def _room(self, like: Tensor, what: str) -> Tensor:
+        if (like.shape, what) not in self._rounded:
+            self._rounded[like.shape, what] = torch.empty_like(like, dtype=self.Q.dtype)
+        return self._rounded[like.shape, what]
 
 
 def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,22 +160,27 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
     B = start.to(problem.dtype)
     mask = supports.nearest(B.square())
     B = B * mask
-    E = torch.zeros_like(B)
+    E, T, step, other = torch.zeros_like(B), torch.empty_like(B), torch.empty_like(B), torch.empty_like(B)
+    narrow = None if U is None else B.new_empty(U.shape[1], B.shape[1])
     relaxation = _RELAXATION if supports.kept <= _SPARSE * start.numel() else 1.0
     rho, still = _FIRST_WEIGHT, 0
     for _ in range(_ITERATIONS):
         before = mask
-        gradient = CQ - lam * bases.times(B - E, bases.Q)
-        step = gradient * (common / (common * lam + rho))
-        if sigma is not None and bases.U is not None and bases.UT is not None:
+        gradient = bases.times(torch.sub(B, E, out=T), bases.Q, out=other).mul_(lam)
+        torch.sub(CQ, gradient, out=gradient)
+        torch.mul(gradient, common / (common * lam + rho), out=step)
+        if sigma is not None and bases.U is not None and bases.UT is not None and narrow is not None:
             large = sigma.unsqueeze(1)
-            step += bases.times(bases.U, bases.times(bases.UT, gradient) * (large / (large * lam + rho) - common / (common * lam + rho)))
-        step = bases.times(step, bases.QT)
+            bases.times(bases.UT, gradient, out=narrow).mul_(large / (large * lam + rho) - common / (common * lam + rho))
+            step += bases.times(bases.U, narrow, out=other)
+        step, other = bases.times(step, bases.QT, out=other), step
         # over-relaxed, the point of the second step is aW + (1 − a)B + E = B + a(W − B) + E, and W − B = step − E
-        T = B + relaxation * step + (1 - relaxation) * E
-        mask = supports.nearest(T.square())
-        B = T * mask
-        E = T - B
+        torch.add(B, step, alpha=relaxation, out=T)
+        if relaxation != 1:
+            T.add_(E, alpha=1 - relaxation)
+        mask = supports.nearest(torch.mul(T, T, out=step))
+        torch.mul(T, mask, out=B)
+        torch.sub(T, B, out=E)
         changed = float((mask ^ before).count_nonzero()) / max(2 * supports.kept, 1)
         still = still + 1 if changed == 0 else 0
         if still >= _STILL:
