@@ -55,8 +55,13 @@ def output_metrics(model: nn.Module, batches: list[Any], run: Run, wanted: list[
         sizes[layer.name] += size
         rows[layer.name] += count
 
-    # fused recurrent kernels have no gradient in evaluation mode
-    with evaluation(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=not inner), _gradients_of(model, inner):
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.backends.cudnn.flags(enabled=not inner))  # fused recurrent kernels have no gradient in evaluation mode
+        stack.enter_context(_gradients_of(model, inner))
+        # what a network writes into may be what a gradient is made of, as a ReLU's output that a residual is added to in place
+        stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         for index, batch in enumerate(batches):
             seen: dict[str, Tensor] = {}
             given: dict[str, tuple[float, int]] = {}

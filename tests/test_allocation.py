@@ -76,6 +76,27 @@ def test_metrics_leave_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Skipping(nn.Module):
+    """What is added in place to a ReLU's output is written into what the ReLU's gradient is made of."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.in_place = nn.Linear(6, 6), nn.Linear(6, 3), in_place
+
+    def forward(self, x):
+        h = self.one(x).relu()
+        return self.two(h.add_(x) if self.in_place else h + x)
+
+
+def test_networks_that_write_into_what_gradients_are_made_of():
+    data, run = calibration.batches(samples(50, 6)), calibration.runner()
+    models = [Skipping(way) for way in (True, False)]
+    found, expected = (output_metrics(model, data, run, layers_of(model, samples(50, 6)), 0) for model in models)
+    assert all(torch.equal(found[name], expected[name]) for name in ("one", "two"))
+    assert nettrim.prune(models[0], samples(50, 6), sparsity=0.5).report.certificate.holds
+
+
 class Detached(nn.Module):
     """A network through which no gradient comes."""
 
