@@ -108,8 +108,8 @@ def prune(
         Cascade, with ``sparsity``: from 1, every layer makes up for what the layers before it broke (its targets are the dense network's outputs),
         to 0, it keeps to its own weights on its disturbed inputs. ``"auto"`` tries a few and takes the one that does best on the samples kept out.
     damping : float
-        With ``sparsity``: weights are also kept near the dense ones, by so much as if every input had independent noise of this share of its energy
-        (:mod:`nettrim.counted`). What is pruned then fits the calibration samples less closely, and other inputs better.
+        With ``sparsity``: weights are also kept near the dense ones, by so much as if every input had independent noise of this share of its energy,
+        from 0 to 1000 (:mod:`nettrim.counted`). What is pruned then fits the calibration samples less closely, and other inputs better.
     preserve_zeros : bool
         With ``sparsity``: weights that are zero stay so, and count.
     kappa : float
