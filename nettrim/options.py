@@ -132,7 +132,7 @@ class Options:
         if self.repair != 1 and (self.epsilon is not None or self.mode == "parallel"):
             why = "a budget is promised against the dense network's output" if self.epsilon is not None else "only a cascade has two streams"
             raise ArgumentError(f"repair={self.repair!r}; expected 1 here: {why}")
-        self._number("damping", lambda value: 0 <= value <= 1000, "a number from 0 to 1000 (noise of so many times the inputs' energy)")
+        self._number("damping", lambda value: 0 <= value <= 1e9, "a number from 0 to 1e9 (noise of so many times the inputs' energy)")
         others = {"pattern": self.pattern != "unstructured", "preserve_zeros": self.preserve_zeros, "damping": self.damping != 0}
         if self.epsilon is not None and any(others.values()):
             raise ArgumentError(f"{next(name for name in others if others[name])} was given with epsilon; it goes with sparsity")

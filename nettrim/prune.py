@@ -109,7 +109,7 @@ def prune(
         to 0, it keeps to its own weights on its disturbed inputs. ``"auto"`` tries a few and takes the one that does best on the samples kept out.
     damping : float
         With ``sparsity``: weights are also kept near the dense ones, by so much as if every input had independent noise of this share of its energy,
-        from 0 to 1000 (:mod:`nettrim.counted`). What is pruned then fits the calibration samples less closely, and other inputs better.
+        from 0 to 1e9 (:mod:`nettrim.counted`). What is pruned then fits the calibration samples less closely, and other inputs better.
     preserve_zeros : bool
         With ``sparsity``: weights that are zero stay so, and count.
     kappa : float

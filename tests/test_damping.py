@@ -123,9 +123,9 @@ def test_blocks_of_neurons_elsewhere() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("value", (-0.1, 1001, 1e300, float("nan"), "much", True))
+@pytest.mark.parametrize("value", (-0.1, 1e10, 1e300, float("nan"), "much", True))
 def test_what_is_refused(value: Any) -> None:
-    with pytest.raises(ArgumentError, match="damping=.*; expected a number from 0 to 1000"):
+    with pytest.raises(ArgumentError, match="damping=.*; expected a number from 0 to 1e9"):
         nettrim.prune(chain(), data(), sparsity=0.5, damping=value)
 
 
