@@ -23,7 +23,8 @@ from torch import Tensor
 
 from nettrim.errors import ArgumentError
 from nettrim.layers.convolution import Convolutional
-from nettrim.observing import HELD_ELEMENTS, Layer
+from nettrim.observation import HELD_ELEMENTS
+from nettrim.observing import Layer
 from nettrim.operators import Convolution, of_matrix
 from nettrim.programs import LayerProgram
 from nettrim.residual import residual

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nettrim import observing
+from nettrim import observation
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
 from nettrim.freed import give_back
@@ -33,7 +33,7 @@ class Whole:
 
     def stages(self, chosen: list[TracedLayer]) -> Iterator[Stage]:
         """The stages, one behind the other; the next is to be asked for when the layers of the one before it are done."""
-        little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observing.HELD_ELEMENTS // 4
+        little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observation.HELD_ELEMENTS // 4
         yield Block(chosen, *self._parts) if little else Stage(chosen, *self._parts)
 
 

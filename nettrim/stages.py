@@ -19,7 +19,8 @@ from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
 from nettrim.grams import Gram
-from nettrim.observing import HELD_ELEMENTS, Layer, observe, observed
+from nettrim.observation import HELD_ELEMENTS
+from nettrim.observing import Layer, observe, observed
 from nettrim.tracing import TracedLayer
 
 

@@ -10,7 +10,8 @@ from nettrim import layers
 from nettrim.activations import RELU
 from nettrim.budgets import Budget, make_budget
 from nettrim.capture import Seen
-from nettrim.observing import Layer, Observation
+from nettrim.observation import Observation
+from nettrim.observing import Layer
 
 
 def layer(

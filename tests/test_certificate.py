@@ -15,7 +15,8 @@ from nettrim import Certificate, ConvergenceError, LayerReport, NetTrimError, la
 from nettrim.activations import RELU
 from nettrim.capture import Seen
 from nettrim.certificate import certify, stored_discrepancy
-from nettrim.observing import Layer, Observation
+from nettrim.observation import Observation
+from nettrim.observing import Layer
 
 prune = partial(nettrim.prune, penalty="l1")  # the papers' program
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nettrim
-from nettrim import ArgumentError, budgets, observing
+from nettrim import ArgumentError, budgets, observation
 
 
 def data(count: int = 80, width: int = 10) -> Tensor:
@@ -106,7 +106,7 @@ def test_convolutions_and_their_groups(groups: int, monkeypatch: pytest.MonkeyPa
     result = nettrim.prune(model, x, **asked)
     checked = nettrim.verify(model, result.model, x, result.report)
     assert checked.holds, str(checked)
-    for module in (observing, budgets):
+    for module in (observation, budgets):
         monkeypatch.setattr(module, "HELD_ELEMENTS", 100)
     streamed = nettrim.prune(model, x, **asked)
     for a, b in zip(result.model.parameters(), streamed.model.parameters(), strict=True):

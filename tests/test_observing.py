@@ -10,7 +10,7 @@ from networks import solved_on
 from torch import Tensor, nn
 
 import nettrim
-from nettrim import ArgumentError, calibration, layers, observing, prune
+from nettrim import ArgumentError, calibration, layers, observation, observing, prune
 from nettrim.observing import observe
 from nettrim.tracing import trace
 
@@ -58,8 +58,8 @@ WAYS = (
 def test_streamed_rows_give_the_weights_of_rows_that_are_held(options: dict[str, Any], held: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     expected = prune(model, images(), **options)
-    monkeypatch.setattr(observing, "HELD_ELEMENTS", 25_000 if held != "nothing" else 1000)  # the rows of layer "0" are 36,936 elements and more
-    monkeypatch.setattr(observing, "UNFOLDED_ELEMENTS", 2000)
+    monkeypatch.setattr(observation, "HELD_ELEMENTS", 25_000 if held != "nothing" else 1000)  # the rows of layer "0" are 36,936 elements and more
+    monkeypatch.setattr(observation, "UNFOLDED_ELEMENTS", 2000)
     meter = Meter(monkeypatch)
     result = prune(model, images(), **options)
     assert 0 < meter.largest <= 2000
@@ -74,8 +74,8 @@ def test_streamed_rows_give_the_weights_of_rows_that_are_held(options: dict[str,
 
 
 def test_one_samples_rows_are_the_least_that_is_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "HELD_ELEMENTS", 1000)
-    monkeypatch.setattr(observing, "UNFOLDED_ELEMENTS", 1)
+    monkeypatch.setattr(observation, "HELD_ELEMENTS", 1000)
+    monkeypatch.setattr(observation, "UNFOLDED_ELEMENTS", 1)
     meter = Meter(monkeypatch)
     assert prune(network(), images(20), sparsity=0.5, holdout=0).report.certificate.holds
     assert meter.largest == 16 * 2 * 27  # 4 x 4 patches of 3 x 3 x 3 in each of two groups
@@ -85,8 +85,8 @@ def test_one_samples_rows_are_the_least_that_is_made_at_a_time(monkeypatch: pyte
 @pytest.mark.parametrize("held", (True, False))
 def test_rows_are_drawn_uniformly_and_the_promise_is_on_all(held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not held:
-        monkeypatch.setattr(observing, "HELD_ELEMENTS", 1000)
-        monkeypatch.setattr(observing, "UNFOLDED_ELEMENTS", 3000)
+        monkeypatch.setattr(observation, "HELD_ELEMENTS", 1000)
+        monkeypatch.setattr(observation, "UNFOLDED_ELEMENTS", 3000)
     model, batches = network(), images(400)
     run = calibration.runner()
     found = trace(model, batches, run)
@@ -115,7 +115,7 @@ def test_rows_are_drawn_uniformly_and_the_promise_is_on_all(held: bool, monkeypa
 
 
 def test_what_needs_all_rows_at_once_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "HELD_ELEMENTS", 1000)
+    monkeypatch.setattr(observation, "HELD_ELEMENTS", 1000)
     with pytest.raises(ArgumentError, match=r"layer '0', whose|layer '0' on its own.*not held; give max_rows"):
         prune(network(), images(), epsilon=0.15, consistency="paper")
     assert prune(network(), images(), epsilon=0.15, consistency="paper", max_rows=200).report.certificate.holds
@@ -124,7 +124,7 @@ def test_what_needs_all_rows_at_once_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_rows_for_an_executor_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     expected = prune(model, images(), epsilon=0.15, mode="parallel", holdout=0)
-    monkeypatch.setattr(observing, "HELD_ELEMENTS", 1000)
+    monkeypatch.setattr(observation, "HELD_ELEMENTS", 1000)
     meter = Meter(monkeypatch)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         result = prune(model, images(), epsilon=0.15, mode="parallel", holdout=0, executor=executor)
@@ -141,7 +141,7 @@ def test_a_program_of_a_streamed_convolution_is_the_one_of_its_rows(monkeypatch:
     Y = module(x).detach().movedim(1, -1).flatten(0, 2)
     program = nettrim.LayerProgram(A, Y, epsilon=0.3 * float(Y.norm()), activation=None)
     expected = nettrim.solve(program, "cvxpy")
-    monkeypatch.setattr(observing, "HELD_ELEMENTS", 10)
+    monkeypatch.setattr(observation, "HELD_ELEMENTS", 10)
     result = prune(nn.Sequential(module), x, epsilon=0.3, holdout=0, tol=1e-6, penalty="l1")
     assert result.report.layers[0].objective == pytest.approx(expected.objective, rel=1e-5)
     assert result.report.layers[0].lower_bound <= expected.objective * (1 + 1e-9)

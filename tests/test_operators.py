@@ -15,7 +15,7 @@ import nettrim
 from nettrim import layers
 from nettrim.errors import ArgumentError, UnsupportedProgramError
 from nettrim.layers import Call
-from nettrim.observing import Observation
+from nettrim.observation import Observation
 from nettrim.operators import Convolution, of_matrix
 
 KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -181,7 +181,7 @@ def test_in_a_cascade_on_the_papers_set_no_patches_are_held(monkeypatch: pytest.
         raise AssertionError("rows were unfolded whole")
 
     model, x = network()
-    monkeypatch.setattr("nettrim.observing.HELD_ELEMENTS", 4_000)
+    monkeypatch.setattr("nettrim.observation.HELD_ELEMENTS", 4_000)
     common: dict[str, Any] = {"epsilon": 0.1, "consistency": "paper", "holdout": 0}
     with monkeypatch.context() as patch:
         patch.setattr(Observation, "_whole", refuse)
@@ -196,7 +196,7 @@ def test_in_a_cascade_on_the_papers_set_no_patches_are_held(monkeypatch: pytest.
 
 def test_inputs_that_are_not_held_either_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
-    monkeypatch.setattr("nettrim.observing.HELD_ELEMENTS", 1000)
+    monkeypatch.setattr("nettrim.observation.HELD_ELEMENTS", 1000)
     with pytest.raises(ArgumentError, match=r"'cg_admm' needs the inputs and outputs of layer '0' in memory.*fewer samples"):
         nettrim.prune(model, list(x.split(3)), epsilon=0.1, solver="cg_admm")
 
