@@ -112,7 +112,7 @@ class Blocks:
         if here:
             inside = [self._rooted(layer, name, dense) for layer in here]
             parts = [Part(ours.into(place), theirs.into(place)) for ours, theirs in self._streams]
-            stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._chain.hidden, place))
+            stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._onward, place))
             yield stage
             ends = [stage.ends, stage.pruned_ends()]
             del stage
@@ -125,6 +125,13 @@ class Blocks:
                 for to, value in zip(home.parameters(), pruned.parameters(), strict=True):
                     to.copy_(value)
         give_back()
+
+    def _onward(self, place: int, index: int, out: Any) -> Tensor:
+        """Put what a dense block returned of a batch solved on in the place of what it was given."""
+        dense, _ = self._streams[0]
+        found = self._chain.hidden(place, out)
+        dense.hidden[index] = found.to(dense.hidden[index].device)
+        return found
 
     def _brought(self, block: nn.Module) -> nn.Module:
         """The block on the device that it is run on."""

@@ -122,13 +122,13 @@ class Block(Stage):
 
     Attributes
     ----------
-    hidden : callable(output) or None
-        The hidden state in what the block returns, if that is wanted.
+    hidden : callable(batch's index, output) or None
+        Takes what the dense block returns, and returns the hidden state in it; None if that is not wanted.
     ends : list of Tensor
         The dense block's, batch by batch, once its layers were observed.
     """
 
-    hidden: Callable[[Any], Tensor] | None = None
+    hidden: Callable[[int, Any], Tensor] | None = None
     ends: list[Tensor] = field(default_factory=list)
     _in_sum: bool = False  # whether they are the sum that the last layer's output is a part of
     _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
@@ -179,7 +179,7 @@ class Block(Stage):
         self._in_sum = last.name in summed and last.norm is None and last.matrix.kind.plain
         for found, output, sums in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
             if self.hidden is not None:
-                self.ends.append(self.hidden(output))
+                self.ends.append(self.hidden(len(self.ends), output))
                 self._in_sum = self._in_sum and sums.is_sum(last.name, self.ends[-1])
             firsts: dict[int, str] = {}
             here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
@@ -189,6 +189,8 @@ class Block(Stage):
                 for name, seen in found.items():
                     self._dense.setdefault(name, []).append(seen)
         self._groups = groups
+        if self.hidden is not None and held and ask.cascade and not any(layer.matrix.kind.feeds_itself for layer in self.layers):
+            self.solve.dense.clear()  # all that the dense block is asked for is known: its hidden states need not be kept
 
     def _given(self, layer: TracedLayer, ask: Ask) -> Iterator[Seen]:
         if layer.name in self._dense:
