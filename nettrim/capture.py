@@ -16,6 +16,7 @@ from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
 from nettrim.layers import Matrix
+from nettrim.layers.linear import is_linear
 from nettrim.passes import Stop, evaluation, replaced, tensors_in
 from nettrim.sums import Sums
 
@@ -106,7 +107,7 @@ def kept(
         with evaluation(model), ExitStack() as stack:
             # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
             stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
-            if given and kind.plain:
+            if given and is_linear(kind):
                 stack.enter_context(replaced(module, nothing))
             if summed:
                 stack.enter_context(sums.hooks())
@@ -165,14 +166,20 @@ def together(
         sums = Sums({name: matrices[name].module for name in summed})
         given: list[tuple[Any, int, Tensor]] = []  # the inputs themselves: while they are held no other has their memory
 
-        def hook(name: str, matrix: Matrix, index: int = index, found: Any = found, calls: Any = calls, given: list[Any] = given) -> Any:
+        def hook(
+            name: str, matrix: Matrix, index: int = index, found: Any = found, calls: Any = calls, given: list[Any] = given, sums: Sums = sums
+        ) -> Any:
             kind, part = matrix.kind, matrix.part
 
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-                call = layers.Call(args, kwargs, out)
+                with sums.aside():
+                    keep(module, layers.Call(args, kwargs, out))
+
+            def keep(module: nn.Module, call: layers.Call) -> None:
                 x = call.argument(module)
                 # rows that are made of an input are no other layer's: another kernel, stride or padding makes others of it
-                plain = kind.plain and not x.is_inference()  # which has no version: what is written into it would not be noticed
+                plain = type(kind).inputs is layers.Kind.inputs and type(kind).unfold is layers.Kind.unfold
+                plain = plain and not x.is_inference()  # which has no version: what is written into it would not be noticed
                 kept = next((kept for y, version, kept in given if plain and y is x and version == x._version), None)
                 if kept is None:
                     kept = kind.inputs(module, part, call).to(device=device)
@@ -201,8 +208,8 @@ def together(
                 f"layer {missing!r} did not run in calibration batch {index}; expected it to run in every batch: leave it out (ignore) or leave out "
                 "that batch"
             )
-        for name, call in calls.items():
-            found[name] = found[name]._replace(beside=copied(name, "beside", _beside(sums, name, matrices[name], call, index, device)))
+        for name, called in calls.items():
+            found[name] = found[name]._replace(beside=copied(name, "beside", _beside(sums, name, matrices[name], called, index, device)))
         yield found, output, sums
 
 

@@ -27,7 +27,8 @@ def column_squares(A: Tensor) -> Tensor:
     """``‖a_j‖²`` of every column, (N,) float64."""
     found = torch.zeros(A.shape[1], dtype=torch.float64, device=A.device)
     for part in A.split(max(1, _IN_CACHE // max(1, A.shape[1]))):
-        found += part.double().square_().sum(0)
+        wide = part.double()  # of float64 this is the part itself
+        found += (wide * wide).sum(0)
     return found
 
 

@@ -51,6 +51,7 @@ class PassRecord:
     refused : calls that a layer cannot be read from, with the reason
     spread : by what factor rows can differ more than inputs do, of layers whose output is followed
     rows : how many rows there are
+    contiguous : whether what a layer was given lies in memory without gaps
     """
 
     calls: list[str] = field(default_factory=list)
@@ -60,6 +61,7 @@ class PassRecord:
     refused: dict[str, str] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    contiguous: dict[str, bool] = field(default_factory=dict)
 
     def way(self, name: str) -> tuple[Step, ...]:
         """The steps that everything the layer put out took, and nothing else happened to it before."""
@@ -121,6 +123,7 @@ class Recorder(TorchDispatchMode):
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             readings = [self._read(x, _input_of(name)) for x in tensors]
             self.seen.reads[name] = readings[0] if readings else None
+            self.seen.contiguous[name] = all(has_storage(x) and x.is_contiguous() for x in tensors)
             kind = self._kinds[name]
             reason = None if kind is None else kind.refuses_call(module, args, kwargs)
             if reason is not None:
@@ -131,7 +134,7 @@ class Recorder(TorchDispatchMode):
             if out is None:  # the forward raised
                 self.inside = False
                 return
-            value = Value(name, (tuple(out.shape), out.stride()) if isinstance(out, Tensor) and _has_storage(out) else None)
+            value = Value(name, (tuple(out.shape), out.stride()) if isinstance(out, Tensor) and has_storage(out) else None)
             self.seen.calls.append(name)
             self.seen.values.append(value)
             kind = self._kinds[name]
@@ -147,7 +150,7 @@ class Recorder(TorchDispatchMode):
         return before, after
 
     def _read(self, tensor: Tensor, reader: str) -> Reading:
-        cell = self.cells.get(storage_of(tensor)) if _has_storage(tensor) else None
+        cell = self.cells.get(storage_of(tensor)) if has_storage(tensor) else None
         if cell is None:
             return None
         cell.value.used_by(reader, cell.stage)
@@ -156,7 +159,7 @@ class Recorder(TorchDispatchMode):
     def _put(
         self, tensor: Tensor, value: Value, stage: Stage, channel: tuple[int, int] | None, *, pooled: bool = False, ordered: bool = False
     ) -> None:
-        if _has_storage(tensor):
+        if has_storage(tensor):
             place = int(tensor.storage_offset()), tensor.numel(), tensor.dtype
             self.cells[storage_of(tensor)] = Cell(value, stage, *place, channel, pooled, ordered)
 
@@ -176,7 +179,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not self.inside:
             for tensor in {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values():
-                if _has_storage(tensor):
+                if has_storage(tensor):
                     self._use(tensor, func, args, kwargs, out)
         return out
 
@@ -188,8 +191,8 @@ class Recorder(TorchDispatchMode):
         cell = self.cells.get(storage)
         if cell is None:
             return
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _has_storage(leaf)]
-        written = any(tensor is leaf for leaf in _written(func, args, kwargs))
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and has_storage(leaf)]
+        written = any(tensor is leaf for leaf in written_by(func, args, kwargs))
         whole = cell.is_whole(tensor)
         step = self._step(cell, tensor, func, args, kwargs) if whole and args and tensor is args[0] else None
         if step is not None:
@@ -250,7 +253,7 @@ def _added(value: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return others[0] if fits else None
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that the operation changes in place."""
     schema = getattr(func, "_schema", None)  # higher-order operators have none: they are taken to write nothing
     if schema is None or not schema.is_mutable:
@@ -263,7 +266,7 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     return tree_leaves(given)
 
 
-def _has_storage(tensor: Tensor) -> bool:
+def has_storage(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
 
 

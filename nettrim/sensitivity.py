@@ -38,6 +38,18 @@ def output_metrics(model: nn.Module, batches: list[Any], run: Run, wanted: list[
 
     The model is run in evaluation mode and left as it was; no gradient of its parameters is touched.
     """
+    try:
+        return _output_metrics(model, batches, run, wanted, seed, kept=False)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    # what the network writes into is what a gradient is made of, as a ReLU's output that a residual is added to: torch keeps it, where it can
+    return _output_metrics(model, batches, run, wanted, seed, kept=True)
+
+
+def _output_metrics(
+    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, kept: bool
+) -> dict[str, Tensor] | None:
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     sizes: dict[str, float] = dict.fromkeys((layer.name for layer in wanted), 0.0)
@@ -60,8 +72,8 @@ def output_metrics(model: nn.Module, batches: list[Any], run: Run, wanted: list[
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.backends.cudnn.flags(enabled=not inner))  # fused recurrent kernels have no gradient in evaluation mode
         stack.enter_context(_gradients_of(model, inner))
-        # what a network writes into may be what a gradient is made of, as a ReLU's output that a residual is added to in place
-        stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+        if kept:
+            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
         for index, batch in enumerate(batches):
             seen: dict[str, Tensor] = {}
             given: dict[str, tuple[float, int]] = {}

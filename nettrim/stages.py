@@ -19,6 +19,7 @@ from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
 from nettrim.grams import Gram
+from nettrim.layers.linear import is_linear
 from nettrim.observation import HELD_ELEMENTS
 from nettrim.observing import Layer, observe, observed
 from nettrim.tracing import TracedLayer
@@ -176,7 +177,7 @@ class Block(Stage):
         groups: dict[str, str] | None = None
         self.ends, last = [], self.layers[-1]
         keep = place if held else None
-        self._in_sum = last.name in summed and last.norm is None and last.matrix.kind.plain
+        self._in_sum = self.hidden is not None and last.name in summed and last.norm is None and is_linear(last.matrix.kind)
         for found, output, sums in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
             if self.hidden is not None:
                 self.ends.append(self.hidden(len(self.ends), output))
@@ -189,7 +190,7 @@ class Block(Stage):
                 for name, seen in found.items():
                     self._dense.setdefault(name, []).append(seen)
         self._groups = groups
-        if self.hidden is not None and held and ask.cascade and not any(layer.matrix.kind.feeds_itself for layer in self.layers):
+        if self.hidden is not None and held and ask.cascade and all(is_linear(layer.matrix.kind) for layer in self.layers):
             self.solve.dense.clear()  # all that the dense block is asked for is known: its hidden states need not be kept
 
     def _given(self, layer: TracedLayer, ask: Ask) -> Iterator[Seen]:
@@ -221,7 +222,7 @@ class Block(Stage):
         for seen, end in zip(self._last, self.ends, strict=False):
             assert seen.beside is not None
             with torch.no_grad():  # by the module's own forward, whose hooks change nothing of what is a part of the sum
-                own = matrix.module.forward(seen.kept)
+                own = matrix.module.forward(seen.kept.clone())  # elsewhere in memory products may be rounded in another way
             out = (seen.beside + own).to(end.dtype)  # exact in the wider dtype, so rounded once
             if own.dtype != end.dtype or out.numel() != end.numel() or not bool(torch.isfinite(out.sum())):
                 return []

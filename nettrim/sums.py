@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from nettrim.passes import Stop
-from nettrim.recorder import Recorder, storage_of
+from nettrim.recorder import Recorder, has_storage, storage_of, written_by
+
+_ATEN = torch.ops.aten
+_DECISIONS = {_ATEN._local_scalar_dense.default, _ATEN.equal.default, _ATEN.nonzero.default}  # what hands values of tensors to Python
 
 
 class Sums(Recorder):
@@ -15,31 +23,50 @@ class Sums(Recorder):
     ----------
     beside : dict of str to Tensor
         Of each layer whose sum has been seen, in the shape of its output there.
-    sums : dict of str to (Tensor, int)
-        The sums themselves, and their versions when they were made: one that is written into later is another one.
+    decides : bool
+        Whether values may have decided what ran.
     """
 
     def __init__(self, modules: dict[str, nn.Module], *, stop: bool = False) -> None:
         """``stop`` ends the pass once the sums of all were seen."""
         super().__init__(modules)
         self.beside: dict[str, Tensor] = {}
-        self.sums: dict[str, tuple[Tensor, int]] = {}
-        self._stop = stop
+        self.decides = False
+        self._sums: dict[str, Tensor] = {}  # until they are written into
+        self._stop, self._aside = stop, False
 
     def note_sum(self, layer: str, value: Tensor, other: Tensor, out: Tensor) -> None:
         # what was written into is the sum now
         self.beside[layer] = out - value if storage_of(out) == storage_of(other) else other.clone()
-        if not out.is_inference():  # which has no version
-            self.sums[layer] = out, out._version
+        if value.dtype == other.dtype == out.dtype and self.seen.contiguous[layer]:
+            self._sums[layer] = out
         if self._stop and len(self.beside) == len(self.modules):
             raise Stop
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile is not the network's."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._aside:
+            return func(*args, **(kwargs or {}))
+        before = dict(self._sums)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.decides = self.decides or func in _DECISIONS
+        if before:
+            changed = {storage_of(tensor) for tensor in written_by(func, args, kwargs or {}) if isinstance(tensor, Tensor) and has_storage(tensor)}
+            self._sums = {name: out for name, out in self._sums.items() if name not in before or storage_of(out) not in changed}
+        return result
+
     def is_sum(self, layer: str, tensor: Tensor) -> bool:
-        """Whether a tensor is the layer's sum, as it was made."""
-        out, version = self.sums.get(layer, (None, 0))
-        if out is None or out._version != version:
-            return False
-        return out is tensor or _place(out) == _place(tensor)
+        """Whether, whatever the values, a tensor is the sum of what the layer makes of rows without gaps and of something else of the same dtype."""
+        out = self._sums.get(layer)
+        return out is not None and not self.decides and (out is tensor or _place(out) == _place(tensor))
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -89,12 +89,6 @@ class Kind:
     repeats = False
     feeds_itself = False
 
-    @property
-    def plain(self) -> bool:
-        """Whether the rows are the module's input and output as they are."""
-        own = type(self)
-        return own.inputs is Kind.inputs and own.unfold is Kind.unfold and own.outputs is Kind.outputs
-
     def refuses(self, module: nn.Module) -> str | None:
         """Why this module cannot be read, or None."""
         return None

@@ -21,3 +21,8 @@ class TransposedKind(Kind):
 
     def to_weight(self, module: nn.Module, part: Part, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         return matrix.T
+
+
+def is_linear(kind: Kind) -> bool:
+    """Whether a kind is one of these two, of which it is known what their modules compute: one output row for every row, and nothing else."""
+    return type(kind) in (LinearKind, TransposedKind)
