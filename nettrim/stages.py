@@ -121,12 +121,8 @@ class _Room:
 class Block(Stage):
     """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
 
-    Attributes
-    ----------
-    hidden : callable(batch's index, output) or None
-        Takes what the dense block returns, and returns the hidden state in it; None if that is not wanted.
-    ends : list of Tensor
-        The dense block's, batch by batch, once its layers were observed.
+    ``hidden(batch's index, output)`` takes what the dense block returns, and returns the hidden state in it, where that is wanted; ``ends`` are
+    those, batch by batch, once its layers were observed.
     """
 
     hidden: Callable[[int, Any], Tensor] | None = None

@@ -185,7 +185,12 @@ def test_half_precision_until_the_support_stands_still_costs_nothing(monkeypatch
     for rough in (None, torch.bfloat16):
         products = []
         monkeypatch.setattr(support, "rough_dtype", lambda Q, rough=rough: rough)
-        monkeypatch.setattr(support._Bases, "times", lambda bases, X, Y, products=products: products.append(bases.Q.dtype) or times(bases, X, Y))
+
+        def noted(bases, X, Y, out, products=products):
+            products.append(bases.Q.dtype)
+            return times(bases, X, Y, out)
+
+        monkeypatch.setattr(support._Bases, "times", noted)
         mask, W = search(problem, C, supports, torch.zeros_like(C))
         found[rough], used[rough] = refit(problem, C, mask, W), products
     everything = refit(problem, C, torch.ones_like(found[None].mask)).value
