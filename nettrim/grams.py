@@ -16,11 +16,11 @@ _CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of i
 
 def square_sum(x: Tensor) -> float:
     """``Σ x²`` in float64, whatever the dtype of ``x``."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
     for part in x.reshape(-1).split(_IN_CACHE):
         wide = part.double()
-        total += float(torch.dot(wide, wide))
-    return total
+        total += torch.dot(wide, wide)
+    return float(total)
 
 
 def column_squares(A: Tensor) -> Tensor:

@@ -8,12 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nettrim.passes import Stop
 from nettrim.recorder import Recorder, has_storage, storage_of, written_by
 
-_ATEN = torch.ops.aten
-_DECISIONS = {_ATEN._local_scalar_dense.default, _ATEN.equal.default, _ATEN.nonzero.default}  # what hands values of tensors to Python
+_DECIDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations that hand values of tensors to Python
+_READING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}  # and what does so without an operation
+
+
+class _Readings(TorchFunctionMode):
+    """Whether values were read without an operation."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or func in _READING
+        return func(*args, **(kwargs or {}))
 
 
 class Sums(Recorder):
@@ -23,15 +34,13 @@ class Sums(Recorder):
     ----------
     beside : dict of str to Tensor
         Of each layer whose sum has been seen, in the shape of its output there.
-    decides : bool
-        Whether values may have decided what ran.
     """
 
     def __init__(self, modules: dict[str, nn.Module], *, stop: bool = False) -> None:
         """``stop`` ends the pass once the sums of all were seen."""
         super().__init__(modules)
         self.beside: dict[str, Tensor] = {}
-        self.decides = False
+        self._decides, self._readings = False, _Readings()
         self._sums: dict[str, Tensor] = {}  # until they are written into
         self._stop, self._aside = stop, False
 
@@ -42,6 +51,16 @@ class Sums(Recorder):
             self._sums[layer] = out
         if self._stop and len(self.beside) == len(self.modules):
             raise Stop
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with super().hooks(), self._readings:
+            yield
+
+    @property
+    def decides(self) -> bool:
+        """Whether values may have decided what ran."""
+        return self._decides or self._readings.found
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -57,7 +76,7 @@ class Sums(Recorder):
             return func(*args, **(kwargs or {}))
         before = dict(self._sums)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.decides = self.decides or func in _DECISIONS
+        self._decides = self._decides or bool(_DECIDING.intersection(getattr(func, "tags", ())))
         if before:
             changed = {storage_of(tensor) for tensor in written_by(func, args, kwargs or {}) if isinstance(tensor, Tensor) and has_storage(tensor)}
             self._sums = {name: out for name, out in self._sums.items() if name not in before or storage_of(out) not in changed}
@@ -66,7 +85,7 @@ class Sums(Recorder):
     def is_sum(self, layer: str, tensor: Tensor) -> bool:
         """Whether, whatever the values, a tensor is the sum of what the layer makes of rows without gaps and of something else of the same dtype."""
         out = self._sums.get(layer)
-        return out is not None and not self.decides and (out is tensor or _place(out) == _place(tensor))
+        return out is not None and not self.decides and _place(out) == _place(tensor)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -141,49 +141,6 @@ def runs(depth: int, **asked: Any) -> int:
     return count
 
 
-class PostNorm(Mixer):
-    """What it puts out is not the sum of its last layer's output and something else."""
-
-    def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
-        return self.norm(super().mixed(hidden, window, turn))
-
-
-class WrittenInto(Mixer):
-    def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
-        return super().mixed(hidden, window, turn).mul_(1.5)
-
-
-class OneAlone(Mixer):
-    """The last layer's output goes on by itself."""
-
-    def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
-        return self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden)) * (1 + turn)
-
-
-@pytest.mark.parametrize(("kind", "known"), [(Mixer, True), (PostNorm, False), (WrittenInto, False), (OneAlone, False)])
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_a_block_that_ends_in_its_last_layers_sum_is_not_run_for_it(
-    kind: type[Mixer], known: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = decoder()
-    model.blocks = nn.ModuleList(kind() for _ in range(3))
-    model.to(dtype)
-    found: list[bool] = []
-    original = stages.Block.pruned_ends
-
-    def noted(self: stages.Block) -> list[Tensor]:
-        found.append(bool(ends := original(self)))
-        return ends
-
-    monkeypatch.setattr(stages.Block, "pruned_ends", noted)
-    result = prune(model, TOKENS.split(4), **ASKED)
-    assert found == [known] * 3
-    monkeypatch.setattr(stages.Block, "pruned_ends", lambda self: [])
-    again = prune(model, TOKENS.split(4), **ASKED)
-    assert same_bits(state_of(result.model), state_of(again.model))
-    assert result.report.certificate == again.report.certificate
-
-
 def test_the_work_grows_with_the_depth_and_not_with_its_square() -> None:
     shallow, middle, deep = (runs(depth) for depth in (2, 4, 8))
     assert deep - middle == 2 * (middle - shallow)

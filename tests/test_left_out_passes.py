@@ -89,6 +89,26 @@ def gaps(block: Residual, x: Tensor, h: Tensor) -> Tensor:
     return x + block.down(torch.cat([h, h], -1)[..., ::2])
 
 
+def behind_a_norm(block: Residual, x: Tensor, h: Tensor) -> Tensor:
+    return F.layer_norm(x + block.down(h), (WIDTH,))
+
+
+def written_into(block: Residual, x: Tensor, h: Tensor) -> Tensor:
+    return (x + block.down(h)).mul_(1.5)
+
+
+def alone(block: Residual, x: Tensor, h: Tensor) -> Tensor:
+    return block.down(h) * 1.5
+
+
+def read(block: Residual, x: Tensor, h: Tensor) -> Tensor:
+    """A decision that no operation of torch shows."""
+    out = x + block.down(h)
+    largest = max(out.detach().abs().flatten(0, -1).float().tolist())
+    block.largest = max(block.largest, largest)
+    return out.clamp(-block.limit, block.limit) if largest > block.limit else out
+
+
 def own(block: Residual, x: Tensor, h: Tensor) -> Tensor:
     return x + block.own(h, 1.0)
 
@@ -103,7 +123,20 @@ class Stack(nn.Module):
         return self.head(self.blocks(self.embed(x)))
 
 
-@pytest.mark.parametrize(("ending", "left_out"), [(summed, True), (deciding, False), (through_data, False), (gaps, False), (own, False)])
+@pytest.mark.parametrize(
+    ("ending", "left_out"),
+    [
+        (summed, True),
+        (deciding, False),
+        (read, False),
+        (through_data, False),
+        (written_into, False),
+        (behind_a_norm, False),
+        (alone, False),
+        (gaps, False),
+        (own, False),
+    ],
+)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_the_pass_to_a_blocks_end(ending: Ending, left_out: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
