@@ -6,7 +6,7 @@ Everything runs inside `nettrim.passes.evaluation`, and every hook is gone after
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from nettrim import layers
 from nettrim.calibration import Run, run_batch
 from nettrim.errors import CalibrationError, RouteError
 from nettrim.layers import Matrix
-from nettrim.layers.linear import is_linear
+from nettrim.layers.linear import is_linear, silent
 from nettrim.passes import Stop, evaluation, replaced, tensors_in
 from nettrim.sums import Sums
 
@@ -48,6 +48,7 @@ def kept(
     device: torch.device | str | None = None,
     summed: bool = False,
     given: bool = False,
+    within: Callable[[int], AbstractContextManager[None]] | None = None,
 ) -> Iterator[Seen]:
     """What a layer is given and what it gives, batch by batch.
 
@@ -67,6 +68,8 @@ def kept(
         Whether what the layer's output is added to is wanted.
     given : bool
         Whether only what the layer is given is wanted, and what it is added to: ``Z`` is then empty, and the layer need not be computed.
+    within : callable(batch's index), optional
+        A context that each forward pass is to run in.
 
     Yields
     ------
@@ -96,19 +99,16 @@ def kept(
         if not kind.repeats and not summed:
             raise Stop
 
-    def nothing(*args: Any, **kwargs: Any) -> Tensor:
-        """In the place of the layer's forward: what is beside its output in a sum does not depend on it."""
-        x = layers.Call(args, kwargs, None).argument(module)
-        return x.new_zeros(*x.shape[:-1], matrix.shape[0])
-
     for index, batch in enumerate(batches):
         seen.clear()
         sums = Sums({name: module} if summed else {}, stop=True)
         with evaluation(model), ExitStack() as stack:
             # first among the forward hooks, so that it sees the layer's own output and not what another hook made of it
             stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
-            if given and is_linear(kind):
-                stack.enter_context(replaced(module, nothing))
+            if within is not None:
+                stack.enter_context(within(index))
+            if given and is_linear(kind):  # what is beside its output in a sum does not depend on that
+                stack.enter_context(replaced(module, silent(module, matrix.shape[0])))
             if summed:
                 stack.enter_context(sums.hooks())
                 stack.enter_context(sums)

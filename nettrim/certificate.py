@@ -22,7 +22,7 @@ _CHUNK = 2**22  # of an output's elements at a time
 
 def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
     """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
-    return math.sqrt(sum(_apart(layer, layer.run(matrix, A), U) for A, U in layer.observation.chunks()))
+    return math.sqrt(sum(_apart(layer, Z, U) for _, U, Z in layer.stored(matrix)))
 
 
 def _apart(layer: Layer, Z: Tensor, U: Tensor) -> float:
@@ -79,8 +79,7 @@ def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], T
     """
     output = apart = left = 0.0
     sums = _Sums(matrix, layer)
-    for A, U in layer.observation.chunks():
-        Z = layer.run(matrix, A)
+    for A, U, Z in layer.stored(matrix):
         output += square_sum(layer.output(U))
         here = square_sum(distance(Z, U))
         left += here

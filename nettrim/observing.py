@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from nettrim.errors import RouteError
 from nettrim.grams import Gram, Moments, moments, square_sum
 from nettrim.layers import Matrix
 from nettrim.layers.convolution import Convolutional
+from nettrim.layers.linear import is_linear
 from nettrim.observation import Drawn, Observation, Source
 from nettrim.tracing import TracedLayer
 
+_DIRECTIONS = 8
 _ROUNDING = 100.0  # in units of the last place: below it a layer's inputs are those of the dense network
 
 
@@ -47,6 +49,8 @@ class Layer:
         The rows that the program is solved on, where they are not all.
     gram : Gram or None
         Of those rows, perhaps shared with the layers that are given the same ones.
+    outputs : callable(stored matrix) or None
+        Its outputs on all rows, (P, M), as the network computes them; None where they are not known.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Layer:
     observation: Observation
     drawn: Drawn | None = None
     gram: Gram | None = None
+    outputs: Callable[[Matrix], Tensor | None] | None = None
 
     @property
     def groups(self) -> int:
@@ -126,10 +131,13 @@ class Layer:
             W = torch.where(scale != 0, W.double() / torch.where(scale != 0, scale, 1.0), 0.0)
         matrix.write_back(W)
 
-    def run(self, matrix: Matrix, A: Tensor) -> Tensor:
-        """``u`` of the stored weights on rows, (p, M) float64."""
-        U = matrix.forward_rows(A).double()
-        return U if self.norm is None else U * self._scale()
+    def stored(self, matrix: Matrix) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All rows, chunk by chunk: ``(A, U)`` and ``u`` of the stored weights, (p, M) float64."""
+        known, start = None if self.outputs is None else self.outputs(matrix), 0
+        for A, U in self.observation.chunks():
+            own = matrix.forward_rows(A) if known is None else known[start : start + len(A)]
+            start += len(A)
+            yield A, U, own.double() if self.norm is None else own.double() * self._scale()
 
     def apply(self, W: Tensor, A: Tensor) -> Tensor:
         """``A Wᵀ``, group by group, of folded weights (M, N), in the dtype of both."""
@@ -195,6 +203,18 @@ def observe(
     )
 
 
+def directions(matrix: Matrix, device: torch.device | str | None) -> Tensor | None:
+    """A few directions ``R`` (N, 8) along which a linear layer's inputs are compared where holding them would cost much more than ``A R``.
+
+    Their entries are independent and normal, always the same: ``‖(A − Â) R‖²`` is expected to be ``8 ‖A − Â‖²``, and is 0 where nothing differs.
+    """
+    N = matrix.shape[1]
+    if not is_linear(matrix.kind) or N < 4 * _DIRECTIONS:
+        return None
+    where = device if device is not None else matrix.weight.device
+    return torch.randn(N, _DIRECTIONS, dtype=matrix.compute_dtype, generator=torch.Generator().manual_seed(N)).to(where)
+
+
 def observed(
     layer: TracedLayer,
     dense: Source,
@@ -206,8 +226,13 @@ def observed(
     hold: bool = False,
     unfold: bool = True,
     gram: Gram | None = None,
+    along: Tensor | None = None,
+    outputs: Callable[[Matrix], Tensor | None] | None = None,
 ) -> Layer:
-    """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count."""
+    """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count.
+
+    Where ``along`` is given, what was kept of the dense network's inputs are products with it (`directions`). ``outputs`` is the layer's.
+    """
     matrix, apart, size = layer.matrix, 0.0, 0.0
 
     def source() -> Iterator[Seen]:
@@ -216,14 +241,16 @@ def observed(
             yield from (seen._replace(beside=None) for seen in dense())
             return
         for given, seen in zip(dense(), disturbed(), strict=True):
-            if seen.kept.shape != given.kept.shape:
+            wide = matrix.compute_dtype
+            ours, theirs = seen.kept.to(wide) if along is None else seen.kept.to(along) @ along, given.kept.to(wide)
+            if ours.shape != theirs.shape:
+                there = given.kept.shape if along is None else (*given.kept.shape[:-1], len(along))
                 raise RouteError(
-                    f"layer {layer.name!r} is given {tuple(seen.kept.shape)} in the pruned network and {tuple(given.kept.shape)} in the dense one; "
+                    f"layer {layer.name!r} is given {tuple(seen.kept.shape)} in the pruned network and {tuple(there)} in the dense one; "
                     "its shape depends on values, which a cascade cannot follow: use mode='parallel'"
                 )
-            wide = matrix.compute_dtype
-            apart += square_sum(seen.kept.to(wide) - given.kept.to(wide))
-            size += square_sum(given.kept.to(wide))
+            apart += square_sum(ours - theirs)
+            size += square_sum(theirs)
             more = None if given.beside is None or seen.beside is None else torch.sub(given.beside, seen.beside, out=seen.beside)
             yield Seen(seen.kept, given.Z, more)
 
@@ -238,4 +265,4 @@ def observed(
     # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within
     changed = math.sqrt(apart) > _ROUNDING * torch.finfo(matrix.compute_dtype).eps * math.sqrt(size)
     drawn = seen.drawn(max_rows, seed) if max_rows is not None and max_rows < seen.count else None
-    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram)
+    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram, outputs)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from nettrim import layers
 from nettrim.activations import RELU, find, find_norm
+from nettrim.decisions import Decisions
 from nettrim.passes import tensors_in
 from nettrim.values import Cell, Stage, Step, Value, common_way, step_name
 
@@ -102,6 +103,7 @@ class Recorder(TorchDispatchMode):
         self.cells: dict[StorageWeakRef, Cell] = {}  # weak: the activations are freed as without the trace
         self.inside = False  # a layer's forward: what it does with its own input and weights is no other use
         self.used_outside: dict[str, str] = {}
+        self._decisions, self._decided = Decisions(), False  # since the first layer was done, and before
         self.weights: dict[StorageWeakRef, list[tuple[str, tuple[int, int]]]] = {}
         for name, module in modules.items():
             for parameter in module.parameters():
@@ -116,7 +118,18 @@ class Recorder(TorchDispatchMode):
                 # last before and first behind the layer's own forward, so that other hooks count as other operations
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True).remove)
+            stack.enter_context(self._decisions)
             yield
+
+    @property
+    def decides(self) -> bool:
+        """Whether values may have decided what ran."""
+        return self._decided or self._decisions.found
+
+    @property
+    def layers_decide(self) -> bool:
+        """Whether values that the layers computed may have."""
+        return self._decisions.found and bool(self.seen.calls)
 
     def _hooks_of(self, name: str) -> tuple[Any, Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,6 +147,8 @@ class Recorder(TorchDispatchMode):
             if out is None:  # the forward raised
                 self.inside = False
                 return
+            if not self.seen.calls:
+                self._decided, self._decisions.found = self._decisions.found, False
             value = Value(name, (tuple(out.shape), out.stride()) if isinstance(out, Tensor) and has_storage(out) else None)
             self.seen.calls.append(name)
             self.seen.values.append(value)
@@ -177,6 +192,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self._decisions.note(func)
         if not self.inside:
             for tensor in {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values():
                 if has_storage(tensor):

@@ -6,8 +6,10 @@ deep it is. What lies before the first block and behind the last is observed in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -109,17 +111,18 @@ class Blocks:
         dense, pruned = (self._brought(model.get_submodule(name)) for model in (self._model, self._pruned))
         run = partial(self._run_block, place)
         ends: list[list[Tensor]] = [[], []]
+        played: Callable[[int], AbstractContextManager[None]] | None = None
         if here:
             inside = [self._rooted(layer, name, dense) for layer in here]
             parts = [Part(ours.into(place), theirs.into(place)) for ours, theirs in self._streams]
             stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._onward, place))
             yield stage
-            ends = [stage.ends, stage.pruned_ends()]
+            ends, played = [stage.ends, stage.pruned_ends()], stage.played
             del stage
         for ours, theirs in self._streams:
             self._advance(ours, place, dense, run, ends[0])
-            self._advance(theirs, place, pruned, run, ends[1])
-            ends = [[], []]
+            self._advance(theirs, place, pruned, run, ends[1], played)
+            ends, played = [[], []], None
         if pruned is not home:
             with torch.no_grad():
                 for to, value in zip(home.parameters(), pruned.parameters(), strict=True):
@@ -150,13 +153,21 @@ class Blocks:
         args, kwargs = call.arguments(hidden, device)
         return module(*args, **kwargs)
 
-    def _advance(self, stream: _Carried, place: int, module: nn.Module, run: Run, ends: list[Tensor]) -> None:
-        """One block further; ``ends`` are the hidden states there, where they are known."""
+    def _advance(
+        self,
+        stream: _Carried,
+        place: int,
+        module: nn.Module,
+        run: Run,
+        ends: list[Tensor],
+        played: Callable[[int], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """One block further; ``ends`` are the hidden states there, where they are known, and passes run in ``played(batch's index)``."""
         for index, item in enumerate(stream.into(place)):
             if ends:
                 hidden = ends[index]
             else:
-                with evaluation(module):
+                with evaluation(module), contextlib.nullcontext() if played is None else played(index):
                     hidden = self._chain.hidden(place, run_batch(module, item, index, run))
             stream.hidden[index] = hidden.to(stream.hidden[index].device)
 

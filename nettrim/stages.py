@@ -7,6 +7,7 @@ the pruned network is given the hidden states of the network pruned so far.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,9 +20,11 @@ from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
 from nettrim.grams import Gram
+from nettrim.layers import Matrix
 from nettrim.layers.linear import is_linear
 from nettrim.observation import HELD_ELEMENTS
-from nettrim.observing import Layer, observe, observed
+from nettrim.observing import Layer, directions, observe, observed
+from nettrim.replay import Replay, Room
 from nettrim.tracing import TracedLayer
 
 
@@ -98,25 +101,6 @@ class Stage:
         return accumulated(self.dense, self.pruned, wanted, self.solve.dense, self.run, self.solve.pruned)
 
 
-class _Room:
-    """Room for the rows that come batch by batch, as one tensor: a large one goes back to the system when it is freed, many small ones may not."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows, self._filled = rows, 0
-        self._whole: Tensor | None = None
-
-    def put(self, piece: Tensor) -> Tensor:
-        """A copy of the piece in its place, or elsewhere if it is not some of the rows."""
-        end = self._filled + len(piece)
-        if piece.dim() != 2 or end > self._rows or (self._whole is not None and self._whole.shape[1] != piece.shape[1]):
-            return piece.clone()
-        if self._whole is None:
-            self._whole = piece.new_empty(self._rows, piece.shape[1])
-        here = self._whole[self._filled : end]
-        self._filled = end
-        return here.copy_(piece)
-
-
 @dataclass(eq=False)
 class Block(Stage):
     """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
@@ -130,6 +114,8 @@ class Block(Stage):
     _in_sum: bool = False  # whether they are the sum that the last layer's output is a part of
     _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
     _dense: dict[str, list[Seen]] = field(default_factory=dict)
+    _along: dict[str, Tensor] = field(default_factory=dict)  # directions along which the dense inputs are known, where they are not held
+    _replay: Replay = field(default_factory=Replay)
     _groups: dict[str, str] | None = None
     _inputs: tuple[str, list[Seen]] | None = None
     _gram: tuple[tuple[str, bool], Gram] | None = None
@@ -156,6 +142,8 @@ class Block(Stage):
                 hold=ask.hold,
                 unfold=ask.unfold,
                 gram=self._gram[1],
+                along=self._along.get(layer.name),
+                outputs=partial(self._stored, layer) if ask.cascade and layer.name in self._dense else None,
             )
         finally:
             self._dense.pop(layer.name, None)
@@ -165,9 +153,14 @@ class Block(Stage):
         held = sum(layer.rows * (sum(layer.matrix.shape) + layer.matrix.shape[0] * ask.wants_sum(layer)) for layer in self.layers) <= HELD_ELEMENTS
         matrices = {layer.name: layer.matrix for layer in self.layers}
         summed = [layer.name for layer in self.layers if held and ask.wants_sum(layer)]
-        rooms = {(layer.name, what): _Room(layer.rows) for layer in self.layers for what in Seen._fields}
+        rooms = {(layer.name, what): Room(layer.rows) for layer in self.layers for what in Seen._fields}
+
+        if held and ask.cascade:  # programs see the pruned network's inputs; the dense ones only say whether those differ
+            self._along = {layer.name: R for layer in self.layers if (R := directions(layer.matrix, self.device)) is not None}
 
         def place(name: str, what: str, tensor: Tensor) -> Tensor:
+            if what == "kept" and name in self._along:
+                tensor = tensor.to(self._along[name]) @ self._along[name]
             return rooms[name, what].put(tensor)
 
         groups: dict[str, str] | None = None
@@ -198,10 +191,10 @@ class Block(Stage):
         """What the layers of the group are given in the pruned block: it does not depend on their own weights; what is added to them may."""
         if self._inputs is None or ask.wants_sum(layer):
             matrix, summed = layer.of(self.pruned), ask.wants_sum(layer)
-            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True)
+            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True, within=self.played)
             if layer.name not in self._dense:  # too much to hold
                 return found
-            room, others = _Room(layer.rows), _Room(layer.rows)
+            room, others = Room(layer.rows), Room(layer.rows)
             held = [seen._replace(kept=room.put(seen.kept), beside=None if seen.beside is None else others.put(seen.beside)) for seen in found]
             self._inputs = group, [seen._replace(beside=None) for seen in held]
             if self._in_sum and layer is self.layers[-1]:
@@ -210,15 +203,24 @@ class Block(Stage):
                 return iter(held)
         return iter(self._inputs[1])
 
+    def _stored(self, layer: TracedLayer, matrix: Matrix) -> Tensor | None:
+        """What the stored layer puts out, all rows; None where it cannot be run alone."""
+        given = [] if self._inputs is None else [seen.kept for seen in self._inputs[1]]
+        return self._replay.record(matrix.module, given, layer.rows) if self._replay.knows(matrix, given) else None
+
+    def played(self, index: int) -> AbstractContextManager[None]:
+        """Meanwhile the layers of the pruned block that were measured as they are stored are not computed in batch ``index`` of those solved on."""
+        return self._replay.played(index)
+
     def pruned_ends(self) -> list[Tensor]:
         """What the pruned block puts out, batch by batch, if no pass is needed for it: it is the sum of its last layer's output, which was solved
         last, and of what was seen beside it. Empty where it is not known.
         """
         matrix, found = self.layers[-1].of(self.pruned), []
-        for seen, end in zip(self._last, self.ends, strict=False):
+        if self._last and not self._replay.of(matrix.module):  # it was solved in an earlier call
+            self._replay.record(matrix.module, [seen.kept for seen in self._last], self.layers[-1].rows)
+        for seen, own, end in zip(self._last, self._replay.of(matrix.module), self.ends, strict=False):
             assert seen.beside is not None
-            with torch.no_grad():  # by the module's own forward, whose hooks change nothing of what is a part of the sum
-                own = matrix.module.forward(seen.kept.clone())  # elsewhere in memory products may be rounded in another way
             if own.dtype != end.dtype:  # the network runs under autocast
                 return []
             found.append((seen.beside + own).to(end.dtype).reshape(end.shape))  # exact in the wider dtype, so rounded once

@@ -6,25 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nettrim.passes import Stop
 from nettrim.recorder import Recorder, has_storage, storage_of, written_by
-
-_DECIDING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # operations that hand values of tensors to Python
-_READING = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}  # and what does so without an operation
-
-
-class _Readings(TorchFunctionMode):
-    """Whether values were read without an operation."""
-
-    found = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found = self.found or func in _READING
-        return func(*args, **(kwargs or {}))
 
 
 class Sums(Recorder):
@@ -40,7 +25,6 @@ class Sums(Recorder):
         """``stop`` ends the pass once the sums of all were seen."""
         super().__init__(modules)
         self.beside: dict[str, Tensor] = {}
-        self._decides, self._readings = False, _Readings()
         self._sums: dict[str, Tensor] = {}  # until they are written into
         self._stop, self._aside = stop, False
 
@@ -51,16 +35,6 @@ class Sums(Recorder):
             self._sums[layer] = out
         if self._stop and len(self.beside) == len(self.modules):
             raise Stop
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        with super().hooks(), self._readings:
-            yield
-
-    @property
-    def decides(self) -> bool:
-        """Whether values may have decided what ran."""
-        return self._decides or self._readings.found
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -76,7 +50,6 @@ class Sums(Recorder):
             return func(*args, **(kwargs or {}))
         before = dict(self._sums)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self._decides = self._decides or bool(_DECIDING.intersection(getattr(func, "tags", ())))
         if before:
             changed = {storage_of(tensor) for tensor in written_by(func, args, kwargs or {}) if isinstance(tensor, Tensor) and has_storage(tensor)}
             self._sums = {name: out for name, out in self._sums.items() if name not in before or storage_of(out) not in changed}

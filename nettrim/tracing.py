@@ -13,10 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nettrim import layers
 from nettrim.activations import Activation, Norm
-from nettrim.calibration import Run, run_batch
+from nettrim.calibration import Run
 from nettrim.layers import Matrix
 from nettrim.passes import evaluation
-from nettrim.recorder import PassRecord, Recorder, extent_of, overlap, storage_of
+from nettrim.recorder import PassRecord, extent_of, overlap, storage_of
+from nettrim.recording import recorded, skimmed
 from nettrim.values import common_way, step_name
 
 
@@ -157,16 +158,12 @@ def trace(model: nn.Module, batches: list[Any], run: Run, note: Callable[[Any, i
     supported = layers.owners(model)
     runs: list[PassRecord] = []
     used_outside: dict[str, str] = {}
+    skim = False  # once a batch has shown that no values decide what is run
     with evaluation(model):
         for index, batch in enumerate(batches):
-            recorder = Recorder(supported)
-            with recorder.hooks(), recorder:
-                output = run_batch(model, batch, index, run)
-            recorder.finish(output)
-            if note is not None:
-                note(output, index)
-            del output
-            recorder.note_kept()
+            recorder = skimmed(model, supported, batch, index, run) if skim else None
+            recorder = recorder or recorded(model, supported, batch, index, run, note)
+            skim = note is None and not recorder.layers_decide
             runs.append(recorder.seen)
             used_outside |= recorder.used_outside
     reasons = _static_reasons(names, supported)

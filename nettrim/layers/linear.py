@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from nettrim.layers.base import Kind, Part, register
+from nettrim.layers.base import Call, Kind, Part, register
 
 
 @register(nn.Linear)
@@ -26,3 +30,19 @@ class TransposedKind(Kind):
 def is_linear(kind: Kind) -> bool:
     """Whether a kind is one of these two, of which it is known what their modules compute: one output row for every row, and nothing else."""
     return type(kind) in (LinearKind, TransposedKind)
+
+
+def silent(module: nn.Module, outputs: int) -> Callable[..., Any]:
+    """A forward for a module of such a kind that computes nothing: zeros where its output would be.
+
+    What a network does is the same with it, but for values. Where something else than one dtype and rows without gaps is to come out, it computes.
+    """
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = Call(args, kwargs, None).argument(module)
+        if not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+            return own(*args, **kwargs)
+        return x.new_zeros(*x.shape[:-1], outputs)
+
+    return forward
