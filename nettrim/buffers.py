@@ -40,7 +40,7 @@ class Buffers:
         copies: dict[int, Tensor] = {}
         with torch.no_grad():
             for key, (buffer, value) in self._values.items():
-                if not _written(buffer, value):
+                if not (_written(buffer, value) and detached(buffer)):
                     copies[key] = value
         for module, before, attributes in self._modules:
             now = dict(module._buffers)
@@ -53,6 +53,16 @@ class Buffers:
             for name, kept in before.items():
                 if id(kept) in copies:
                     module._buffers[name] = copies[id(kept)]
+
+
+def detached(buffer: Tensor) -> bool:
+    """Whether a buffer, which a pass with gradients may have written into, carries none, taken from it where it did."""
+    if buffer.grad_fn is not None:
+        try:
+            buffer.detach_()
+        except RuntimeError:  # a view
+            return False
+    return True
 
 
 def _written(buffer: Tensor, value: Tensor) -> bool:

@@ -53,11 +53,28 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+class StandIn:
+    """A forward that a module has for a while. Other threads, which may read the module meanwhile but not run it, see past it."""
+
+    def __init__(self, forward: Callable[..., Any], own: Callable[..., Any] | None) -> None:
+        """``own`` is the forward that the module had of its own, in place of its type's."""
+        self._forward, self.own = forward, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """What the module itself, not its type, has under a name, whatever stands in for it; None where it has nothing."""
+    found = vars(module).get(name)
+    return found.own if isinstance(found, StandIn) else found
+
+
 @contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else; its hooks run as before. Inside `evaluation`, where no other thread runs it."""
     own = vars(module).get("forward")
-    module.forward = forward
+    module.forward = StandIn(forward, own_attribute(module, "forward"))
     try:
         yield
     finally:

@@ -33,8 +33,10 @@ def skimmed(model: nn.Module, supported: dict[str, nn.Module], batch: Any, index
             stack.enter_context(replaced(matrix.module, silent(matrix.module, matrix.shape[0])))
         try:
             _record(recorder, model, batch, index, run)
-        except CalibrationError:  # it may be for the zeros
-            return None
+        except CalibrationError:
+            if not recorder.seen.calls:
+                raise
+            return None  # it may be for the zeros
     return None if recorder.layers_decide else recorder
 
 

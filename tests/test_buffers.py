@@ -102,6 +102,25 @@ def test_a_model_with_such_a_buffer_is_pruned_and_left_as_it_was(name: str, fail
     model(INPUTS)
 
 
+class Averaging(Holder):
+    """Adds what it computes to a buffer, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        self.n += h.mean(0)  # type: ignore[operator]
+        return self.b(h * (1 + 0 * self.n))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("view", (False, True))
+def test_gradients_do_not_stay_in_a_buffer_that_was_written_into(view: bool) -> None:
+    model = Averaging(torch.zeros(2, 16)[1] if view else torch.zeros(16))
+    result = nettrim.prune(model, list(INPUTS.split(30)), sparsity=0.5)
+    assert result.report.certificate.holds
+    for network in (model, result.model):
+        assert network.n.grad_fn is None and not network.n.requires_grad
+        assert torch.equal(network.n, torch.zeros(16))
+
+
 def test_what_was_not_changed_stays_the_same_tensor_and_is_not_written_into() -> None:
     model = Holder(torch.ones(1, 1).expand(3, 3))
     buffer, version = model.n, model.n._version  # type: ignore[union-attr]

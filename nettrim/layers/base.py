@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nettrim.errors import ArgumentError
+from nettrim.passes import own_attribute
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +180,7 @@ def is_registered(module: nn.Module) -> bool:
 def _refusal(module: nn.Module, ancestor: type[nn.Module], kind: Kind) -> str | None:
     for method in kind.methods:
         # an instance attribute named `forward` replaces the method too (some libraries hook modules that way)
-        if getattr(type(module), method) is not getattr(ancestor, method) or method in vars(module):
+        if getattr(type(module), method) is not getattr(ancestor, method) or own_attribute(module, method) is not None:
             return f"{type(module).__name__} replaces nn.{ancestor.__name__}'s {method}: what it computes is unknown"
     return kind.refuses(module)
 
