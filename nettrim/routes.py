@@ -117,7 +117,7 @@ class Blocks:
             parts = [Part(ours.into(place), theirs.into(place)) for ours, theirs in self._streams]
             stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._onward, place))
             yield stage
-            ends, played = [stage.ends, stage.pruned_ends()], stage.played
+            ends, played = [stage.ends, stage.pruned_ends()], stage.replay.played
             del stage
         for ours, theirs in self._streams:
             self._advance(ours, place, dense, run, ends[0])

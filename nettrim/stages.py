@@ -7,7 +7,6 @@ the pruned network is given the hidden states of the network pruned so far.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,7 +105,7 @@ class Block(Stage):
     """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
 
     ``hidden(batch's index, output)`` takes what the dense block returns, and returns the hidden state in it, where that is wanted; ``ends`` are
-    those, batch by batch, once its layers were observed.
+    those, batch by batch, once its layers were observed; ``replay`` is of the pruned block's layers, in the batches solved on.
     """
 
     hidden: Callable[[int, Any], Tensor] | None = None
@@ -115,7 +114,7 @@ class Block(Stage):
     _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
     _dense: dict[str, list[Seen]] = field(default_factory=dict)
     _along: dict[str, Tensor] = field(default_factory=dict)  # directions along which the dense inputs are known, where they are not held
-    _replay: Replay = field(default_factory=Replay)
+    replay: Replay = field(default_factory=Replay)
     _groups: dict[str, str] | None = None
     _inputs: tuple[str, list[Seen]] | None = None
     _gram: tuple[tuple[str, bool], Gram] | None = None
@@ -160,7 +159,8 @@ class Block(Stage):
 
         def place(name: str, what: str, tensor: Tensor) -> Tensor:
             if what == "kept" and name in self._along:
-                tensor = tensor.to(self._along[name]) @ self._along[name]
+                with torch.autocast(tensor.device.type, enabled=False):  # which the network may run under
+                    tensor = tensor.to(self._along[name]) @ self._along[name]
             return rooms[name, what].put(tensor)
 
         groups: dict[str, str] | None = None
@@ -191,7 +191,8 @@ class Block(Stage):
         """What the layers of the group are given in the pruned block: it does not depend on their own weights; what is added to them may."""
         if self._inputs is None or ask.wants_sum(layer):
             matrix, summed = layer.of(self.pruned), ask.wants_sum(layer)
-            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True, within=self.played)
+            within = self.replay.played
+            found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True, within=within)
             if layer.name not in self._dense:  # too much to hold
                 return found
             room, others = Room(layer.rows), Room(layer.rows)
@@ -206,20 +207,16 @@ class Block(Stage):
     def _stored(self, layer: TracedLayer, matrix: Matrix) -> Tensor | None:
         """What the stored layer puts out, all rows; None where it cannot be run alone."""
         given = [] if self._inputs is None else [seen.kept for seen in self._inputs[1]]
-        return self._replay.record(matrix.module, given, layer.rows) if self._replay.knows(matrix, given) else None
-
-    def played(self, index: int) -> AbstractContextManager[None]:
-        """Meanwhile the layers of the pruned block that were measured as they are stored are not computed in batch ``index`` of those solved on."""
-        return self._replay.played(index)
+        return self.replay.record(matrix.module, given, layer.rows) if self.replay.knows(matrix, given) else None
 
     def pruned_ends(self) -> list[Tensor]:
         """What the pruned block puts out, batch by batch, if no pass is needed for it: it is the sum of its last layer's output, which was solved
         last, and of what was seen beside it. Empty where it is not known.
         """
         matrix, found = self.layers[-1].of(self.pruned), []
-        if self._last and not self._replay.of(matrix.module):  # it was solved in an earlier call
-            self._replay.record(matrix.module, [seen.kept for seen in self._last], self.layers[-1].rows)
-        for seen, own, end in zip(self._last, self._replay.of(matrix.module), self.ends, strict=False):
+        if self._last and not self.replay.of(matrix.module):  # it was solved in an earlier call
+            self.replay.record(matrix.module, [seen.kept for seen in self._last], self.layers[-1].rows)
+        for seen, own, end in zip(self._last, self.replay.of(matrix.module), self.ends, strict=False):
             assert seen.beside is not None
             if own.dtype != end.dtype:  # the network runs under autocast
                 return []

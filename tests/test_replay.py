@@ -89,7 +89,17 @@ def test_other_ways_to_ask(asked: dict[str, Any]) -> None:
 
 
 def test_under_autocast_everything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = Stack(behind_a_norm), {**ASKED, "forward_fn": autocast}
+    model, asked, disturbed = Stack(behind_a_norm), {**ASKED, "forward_fn": autocast}, []
+    observe = stages.Block.observe
+
+    def noted(self: Any, layer: Any, ask: Any) -> Any:
+        found = observe(self, layer, ask)
+        disturbed.append(found.disturbed)
+        return found
+
+    monkeypatch.setattr(stages.Block, "observe", noted)
+    found = nettrim.prune(model, data(), **asked, ignore=["embed", "blocks.0.*"])
+    assert disturbed[:2] == [False, False] and all(disturbed[2:]) and len(disturbed) == 11  # query and key of the second block
     found = nettrim.prune(model, data(), **asked)
     assert str(found.report.options["blocks"]).startswith("none")
     monkeypatch.setattr(stages.Block, "observe", stages.Stage.observe)
