@@ -18,6 +18,7 @@ from nettrim import capture
 from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
+from nettrim.freed import give_back
 from nettrim.grams import Gram
 from nettrim.layers import Matrix
 from nettrim.layers.linear import is_linear
@@ -179,6 +180,7 @@ class Block(Stage):
                 for name, seen in found.items():
                     self._dense.setdefault(name, []).append(seen)
         self._groups = groups
+        give_back()
         if self.hidden is not None and held and ask.cascade and all(is_linear(layer.matrix.kind) for layer in self.layers):
             self.solve.dense.clear()  # all that the dense block is asked for is known: its hidden states need not be kept
 
@@ -197,6 +199,7 @@ class Block(Stage):
                 return found
             room, others = Room(layer.rows), Room(layer.rows)
             held = [seen._replace(kept=room.put(seen.kept), beside=None if seen.beside is None else others.put(seen.beside)) for seen in found]
+            give_back()
             self._inputs = group, [seen._replace(beside=None) for seen in held]
             if self._in_sum and layer is self.layers[-1]:
                 self._last = [seen._replace(beside=None if seen.beside is None else seen.beside.clone()) for seen in held]
