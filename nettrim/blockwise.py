@@ -66,6 +66,8 @@ class Chain:
         What they are, in words.
     sole : bool
         Whether the network's output is made of what the last block puts out, and of nothing else that the blocks do.
+    entries : tuple of int
+        How many entries the first block's hidden state has in each batch.
     """
 
     names: tuple[str, ...]
@@ -73,6 +75,7 @@ class Chain:
     outputs: tuple[tuple[list[Any], TreeSpec], ...]
     said: str
     sole: bool = True
+    entries: tuple[int, ...] = ()
 
     def place(self, module_name: str) -> int | None:
         """Which block a module is, or lies in."""

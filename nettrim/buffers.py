@@ -40,7 +40,7 @@ class Buffers:
         copies: dict[int, Tensor] = {}
         with torch.no_grad():
             for key, (buffer, value) in self._values.items():
-                if not (_written(buffer, value) and detached(buffer)):
+                if not (_write(buffer, value) and detach(buffer)):
                     copies[key] = value
         for module, before, attributes in self._modules:
             now = dict(module._buffers)
@@ -55,8 +55,8 @@ class Buffers:
                     module._buffers[name] = copies[id(kept)]
 
 
-def detached(buffer: Tensor) -> bool:
-    """Whether a buffer, which a pass with gradients may have written into, carries none, taken from it where it did."""
+def detach(buffer: Tensor) -> bool:
+    """Take the graph off a buffer that a pass with gradients has written into; False where that cannot be done."""
     if buffer.grad_fn is not None:
         try:
             buffer.detach_()
@@ -65,8 +65,8 @@ def detached(buffer: Tensor) -> bool:
     return True
 
 
-def _written(buffer: Tensor, value: Tensor) -> bool:
-    """Whether the buffer holds the value, written into it where it did not."""
+def _write(buffer: Tensor, value: Tensor) -> bool:
+    """Write the value into the buffer, where it does not hold it; False where that cannot be done."""
     if (buffer.shape, buffer.dtype, buffer.device) != (value.shape, value.dtype, value.device):
         return False
     strided = buffer.layout == torch.strided

@@ -153,17 +153,18 @@ def together(
     device: torch.device | str | None = None,
     summed: Collection[str] = (),
     place: Callable[[str, str, Tensor], Tensor] | None = None,
+    recorded: bool = False,
 ) -> Iterator[tuple[dict[str, Seen], Any, Sums]]:
     """As `kept`, of several layers in one forward pass of each batch; what ``run`` returned; and sums. None of them may run more than once in a pass.
 
     Of layers that are given the same input, what is kept of it is one tensor. ``summed`` names those of which it is wanted what they are added to.
-    ``place(layer, field of Seen, tensor)`` is to return a copy of a tensor.
+    ``place(layer, field of Seen, tensor)`` is to return a copy of a tensor. With ``recorded``, sums record all the layers.
     """
     copied = place if place is not None else lambda name, what, tensor: tensor.clone()
     for index, batch in enumerate(batches):
         found: dict[str, Seen] = {}
         calls: dict[str, layers.Call] = {}
-        sums = Sums({name: matrices[name].module for name in summed})
+        sums = Sums({name: matrix.module for name, matrix in matrices.items() if recorded or name in summed}, wanted=summed)
         given: list[tuple[Any, int, Tensor]] = []  # the inputs themselves: while they are held no other has their memory
 
         def hook(
@@ -198,7 +199,7 @@ def together(
         with evaluation(model), ExitStack() as stack:
             for name, matrix in matrices.items():
                 stack.callback(matrix.module.register_forward_hook(hook(name, matrix), prepend=True, with_kwargs=True).remove)
-            if summed:
+            if sums.modules:
                 stack.enter_context(sums.hooks())
                 stack.enter_context(sums)
             output = run_batch(model, batch, index, run)

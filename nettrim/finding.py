@@ -45,8 +45,8 @@ def find(model: nn.Module, given: object, batches: list[Any], run: Run) -> Chain
     names, said = _by_structure(model) if given == "auto" else _by_name(model, given)
     try:
         chain = _tried(model, names, said, batches[0], run)
-        for index, batch in enumerate(batches):
-            chain.calls(model, batch, index, run)
+        states = [chain.calls(model, batch, index, run)[1] for index, batch in enumerate(batches)]
+        chain = dataclasses.replace(chain, entries=tuple(state.numel() for state in states))
     except NotBlocks:
         raise
     except Exception as error:  # a model may do anything where its blocks are bypassed, or run alone; run whole it may be sound

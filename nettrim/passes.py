@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -54,11 +56,13 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 class StandIn:
-    """A forward that a module has for a while. Other threads, which may read the module meanwhile but not run it, see past it."""
+    """A forward that a module has for a while. Who asks `own_attribute` sees past it: other threads may read the module meanwhile, but not run it."""
 
-    def __init__(self, forward: Callable[..., Any], own: Callable[..., Any] | None) -> None:
+    def __init__(self, forward: Callable[..., Any], instead_of: Callable[..., Any], own: Callable[..., Any] | None) -> None:
         """``own`` is the forward that the module had of its own, in place of its type's."""
         self._forward, self.own = forward, own
+        with contextlib.suppress(TypeError, ValueError):  # of a scripted forward
+            self.__signature__ = inspect.signature(instead_of)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
@@ -74,7 +78,7 @@ def own_attribute(module: nn.Module, name: str) -> Any:
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else; its hooks run as before. Inside `evaluation`, where no other thread runs it."""
     own = vars(module).get("forward")
-    module.forward = StandIn(forward, own_attribute(module, "forward"))
+    module.forward = StandIn(forward, module.forward, own_attribute(module, "forward"))
     try:
         yield
     finally:

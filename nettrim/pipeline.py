@@ -95,7 +95,11 @@ def execute(task: Task, options: Options) -> PruneResult:
     chain = task.chain
     dense_outputs = [capture.outputs(model, part if chain is None else part[:1], run) for part in (solve_on, keep_out) if part]
     pruned = layers.copy_of(model) if task.into is None else task.into
-    route = Whole(model, pruned, run, solve_on, keep_out, device) if chain is None else Blocks(chain, model, pruned, run, solve_on, keep_out, device)
+    route: Whole | Blocks
+    if chain is None:
+        route = Whole(model, pruned, run, solve_on, keep_out, device)
+    else:
+        route = Blocks(chain, model, pruned, run, solve_on, keep_out, device, compared=traced.of_first)
     cascade = options.mode == "cascade"
     held, unfold = task.executor is not None, options.solver != cg_admm.NAME
     ask = Ask(cascade, options.epsilon is None and options.repair != 0, options.max_rows, options.seed, held, unfold)

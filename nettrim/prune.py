@@ -15,17 +15,14 @@ from torch import nn
 
 from nettrim import batchnorm, checkpoints, digests, fingerprints, layers, selection, trials
 from nettrim import calibration as calibrations
-from nettrim.blockwise import Chain, NotBlocks
 from nettrim.errors import ArgumentError
-from nettrim.finding import find
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
 from nettrim.progress import ProgressEvent
-from nettrim.routes import check_order
 from nettrim.safeguard import Before
 from nettrim.selection import Pattern
 from nettrim.sharing import turn
-from nettrim.tracing import Trace, trace
+from nettrim.surveying import survey
 
 __all__ = ["ProgressEvent", "PruneResult", "prune"]
 
@@ -214,8 +211,8 @@ def prune(
     solve_on, keep_out = calibrations.split(found, options.holdout, options.seed)
     before = Before(model)
     try:
-        traced = trace(model, solve_on, run)
-        chain, said = _chain(model, blocks, [*solve_on, *keep_out], run, traced, executor is not None and mode == "parallel")
+        spread = executor is not None and mode == "parallel"
+        traced, chain, said = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore)
         with contextlib.ExitStack() as stack:
             checkpoint = None
             if checkpoint_dir is not None:
@@ -245,30 +242,6 @@ def prune_into(pruned: nn.Module, model: nn.Module, calibration: Any, **options:
         return prune(model, calibration, **options)
     finally:
         _INTO.reset(token)
-
-
-def _chain(model: nn.Module, given: Any, batches: list[Any], run: calibrations.Run, traced: Trace, spread: bool) -> tuple[Chain | None, str]:
-    """The network's blocks, and what they are in words, or why there are none.
-
-    Raises
-    ------
-    ArgumentError
-        It has none such as were asked for.
-    """
-    if given is None:
-        return None, "none: the whole network, as asked"
-    if spread:
-        if given != "auto":
-            raise ArgumentError("blocks was given with an executor in parallel mode, which solves all layers at once; leave out one of them")
-        return None, "none: an executor solves all layers at once"
-    try:
-        chain = find(model, given, batches, run)
-        check_order(chain, traced)
-    except NotBlocks as error:
-        if given != "auto":
-            raise ArgumentError(f"blocks={given!r}: {error}; leave blocks out, or name others") from error
-        return None, f"none: {error}"
-    return chain, chain.said
 
 
 def _transfer(result: PruneResult, model: nn.Module) -> PruneResult:

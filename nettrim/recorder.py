@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ _MAXIMA = {
     _ATEN.adaptive_max_pool3d.default,
 }
 
+ALIGNMENT = 64  # bytes, of the memory that torch takes
+
 Reading = tuple[str, Stage] | None  # the layer whose value was read, and at which stage
 
 
@@ -52,7 +55,7 @@ class PassRecord:
     refused : calls that a layer cannot be read from, with the reason
     spread : by what factor rows can differ more than inputs do, of layers whose output is followed
     rows : how many rows there are
-    contiguous : whether what a layer was given lies in memory without gaps
+    contiguous : whether what a layer was given lies in memory without gaps, and begins where a tensor of its own would
     """
 
     calls: list[str] = field(default_factory=list)
@@ -75,6 +78,20 @@ class PassRecord:
         values = [value for value in self.values if value.layer == name]
         end = tuple(step_name(step) for step in self.way(name))
         return len(values) == 1 and len(values[0].uses) == 1 and values[0].summed == [end]
+
+    def differs(self, other: PassRecord) -> str | None:
+        """A layer of which another pass has shown something else, but for how many rows it has; None where there is none."""
+        if self.calls != other.calls:
+            both = zip_longest(self.calls, other.calls)
+            return next(ours if ours is not None else theirs for ours, theirs in both if ours != theirs)
+        for name in dict.fromkeys(self.calls):
+            ways = [self.way(name), other.way(name)]
+            if self._facts(name) != other._facts(name) or len({len(common_way(ways)), *map(len, ways)}) > 1:
+                return name
+        return None
+
+    def _facts(self, name: str) -> tuple[object, ...]:
+        return self.reads.get(name), self.refused.get(name), self.spread.get(name), self.sums(name), self.sole_reader(name)
 
     def sole_reader(self, name: str) -> str | None:
         """The layer whose input is the one use of what the layer put out; None where there are other uses, or none."""
@@ -103,7 +120,7 @@ class Recorder(TorchDispatchMode):
         self.cells: dict[StorageWeakRef, Cell] = {}  # weak: the activations are freed as without the trace
         self.inside = False  # a layer's forward: what it does with its own input and weights is no other use
         self.used_outside: dict[str, str] = {}
-        self._decisions, self._decided = Decisions(), False  # since the first layer was done, and before
+        self._decisions, self._decided_before = Decisions(), False  # what decided before the first layer was done is kept apart
         self.weights: dict[StorageWeakRef, list[tuple[str, tuple[int, int]]]] = {}
         for name, module in modules.items():
             for parameter in module.parameters():
@@ -124,7 +141,7 @@ class Recorder(TorchDispatchMode):
     @property
     def decides(self) -> bool:
         """Whether values may have decided what ran."""
-        return self._decided or self._decisions.found
+        return self._decided_before or self._decisions.found
 
     @property
     def layers_decide(self) -> bool:
@@ -136,7 +153,7 @@ class Recorder(TorchDispatchMode):
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             readings = [self._read(x, _input_of(name)) for x in tensors]
             self.seen.reads[name] = readings[0] if readings else None
-            self.seen.contiguous[name] = all(has_storage(x) and x.is_contiguous() for x in tensors)
+            self.seen.contiguous[name] = all(has_storage(x) and x.is_contiguous() and is_aligned(x) for x in tensors)
             kind = self._kinds[name]
             reason = None if kind is None else kind.refuses_call(module, args, kwargs)
             if reason is not None:
@@ -148,7 +165,7 @@ class Recorder(TorchDispatchMode):
                 self.inside = False
                 return
             if not self.seen.calls:
-                self._decided, self._decisions.found = self._decisions.found, False
+                self._decided_before, self._decisions.found = self._decisions.found, False
             value = Value(name, (tuple(out.shape), out.stride()) if isinstance(out, Tensor) and has_storage(out) else None)
             self.seen.calls.append(name)
             self.seen.values.append(value)
@@ -191,8 +208,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self._decisions.note(func)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self._decisions.found = True
+            raise
+        self._decisions.note(func, out)
         if not self.inside:
             for tensor in {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values():
                 if has_storage(tensor):
@@ -280,6 +301,11 @@ def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return tree_leaves(given)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether products of a copy are rounded alike: the kernels go by where a tensor begins in memory."""
+    return tensor.data_ptr() % ALIGNMENT == 0
 
 
 def has_storage(tensor: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""What stored linear layers put out, batch by batch: what was computed to measure them is not computed again in the passes behind them."""
+"""What stored linear layers put out, batch by batch: what was computed to measure them is not computed again in the passes behind them.
+
+A later pass gives a layer the same input, since only layers behind it have changed: where it is another, as in a second call, the layer computes.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,21 @@ from torch import Tensor, nn
 from nettrim.layers import Call, Matrix
 from nettrim.layers.linear import is_linear
 from nettrim.passes import replaced
+from nettrim.recorder import is_aligned
 
 
 class Room:
     """Room for the rows that come batch by batch, as one tensor: a large one goes back to the system when it is freed, many small ones may not."""
 
     def __init__(self, rows: int) -> None:
-        self._rows, self._filled, self._apart = rows, 0, False
+        self._rows, self._filled, self._all_here = rows, 0, True
         self._whole: Tensor | None = None
 
     def put(self, piece: Tensor) -> Tensor:
         """A copy of the piece in its place, or elsewhere if it is not some of the rows."""
         end = self._filled + len(piece)
         if piece.dim() != 2 or end > self._rows or (self._whole is not None and self._whole.shape[1] != piece.shape[1]):
-            self._apart = True
+            self._all_here = False
             return piece.clone()
         if self._whole is None:
             self._whole = piece.new_empty(self._rows, piece.shape[1])
@@ -36,60 +40,81 @@ class Room:
 
     @property
     def rows(self) -> Tensor | None:
-        """All of them, where they are there one behind the other."""
-        return self._whole if self._filled == self._rows and not self._apart else None
+        """All of them, if they are complete and in one piece."""
+        return self._whole if self._filled == self._rows and self._all_here else None
 
 
 class Replay:
-    """Outputs of layers as they are stored, on what they are given in a network pruned so far."""
+    """Outputs of layers as they are stored now, each on its inputs in the network pruned so far."""
 
     def __init__(self) -> None:
-        self._known: dict[nn.Module, tuple[Any, list[Tensor]]] = {}
+        self._known: dict[nn.Module, tuple[_State, list[Tensor]]] = {}
 
     @staticmethod
-    def knows(matrix: Matrix, given: Iterable[Tensor]) -> bool:
-        """Whether a module alone computes what it does in the network."""
+    def runs_alone(matrix: Matrix, inputs: Iterable[Tensor]) -> bool:
+        """Whether a module computes by itself what it does in the network."""
         weight = matrix.weight
-        return is_linear(matrix.kind) and all(x.dtype == weight.dtype and x.device == weight.device for x in given)
+        return is_linear(matrix.kind) and all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
 
-    def record(self, module: nn.Module, given: Iterable[Tensor], rows: int) -> Tensor | None:
-        """Run a module on its inputs, batch by batch, so many rows in all: what it returns is played as long as its parameters stay as they are.
+    def record(self, module: nn.Module, inputs: Iterable[Tensor], rows: int) -> Tensor | None:
+        """Run a module on its inputs, batch by batch. What it returns is played as long as its parameters stay as they are.
 
-        Returns all rows (P, M) of it, where the inputs are so many.
+        Returns all outputs (``rows``, M) as one tensor, where there are so many.
         """
         room = Room(rows)
-        with torch.no_grad():  # by its own forward, whose hooks are no part of it; elsewhere in memory products may be rounded in another way
-            found = [room.put(module.forward(x.clone())) for x in given]
+        # its forward alone: its hooks run when the outputs are played; a copy, since products are rounded by where their factors begin in memory
+        with torch.no_grad():
+            found = [room.put(module.forward(x.clone())) for x in inputs]
         self._known[module] = _state(module), found
         return room.rows
 
-    def of(self, module: nn.Module) -> list[Tensor]:
+    def outputs_of(self, module: nn.Module) -> list[Tensor]:
         """What it returns, batch by batch; empty where that is not known."""
-        state, found = self._known.get(module, (None, []))
-        return found if state == _state(module) else []
+        state, found = self._known.get(module, ([], []))
+        now = _state(module)
+        same = len(state) == len(now) and all(a is b and version == other for (a, version), (b, other) in zip(state, now, strict=True))
+        return found if same else []
 
     @contextmanager
     def played(self, index: int) -> Iterator[None]:
-        """Let the layers return what is known of them in batch ``index``; their hooks run as before. Inside `nettrim.passes.evaluation`."""
+        """Let the layers return what is known of them in batch ``index``, once each; hooks run as before. Inside `nettrim.passes.evaluation`."""
         with ExitStack() as stack:
             for module in self._known:
-                if found := self.of(module):
-                    stack.enter_context(replaced(module, partial(_play, module, module.forward, [found[index]])))
+                if found := self.outputs_of(module):
+                    once = _Once(found[index])
+                    stack.callback(module.register_forward_pre_hook(once.called).remove)
+                    stack.enter_context(replaced(module, partial(once.forward, module, module.forward)))
             yield
 
 
-def _play(module: nn.Module, forward: Any, ready: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-    x = Call(args, kwargs, None).argument(module)
-    # of a second call, of rows with gaps, and under autocast, something else would come out
-    if not ready or not _fits(x, ready[0]) or torch.is_autocast_enabled(x.device.type):
-        return forward(*args, **kwargs)
-    found = ready.pop()
-    return found.clone().view(*x.shape[:-1], found.shape[1])
+class _Once:
+    """One output, for the first call of a module as a module: not for one of its forward, which no hook sees."""
+
+    def __init__(self, output: Tensor) -> None:
+        self._output: Tensor | None = output
+        self._called = False
+
+    def called(self, module: nn.Module, args: Any) -> None:
+        self._called = True
+
+    def forward(self, module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+        x, output = Call(args, kwargs, None).argument(module), self._output
+        called, self._called = self._called, False
+        if not called or output is None or not _fits(x, output) or torch.is_autocast_enabled(x.device.type):
+            return own(*args, **kwargs)
+        self._output = None
+        return output.clone().view(*x.shape[:-1], output.shape[1])
+
+
+_State = list[tuple[nn.Parameter, int]]
 
 
 def _fits(x: Any, rows: Tensor) -> bool:
-    return isinstance(x, Tensor) and x.is_contiguous() and x.dtype == rows.dtype and x.device == rows.device and x.shape[:-1].numel() == len(rows)
+    """Whether the layer would make the very same of its input: another layout, or another place in memory, and products are rounded otherwise."""
+    if not isinstance(x, Tensor) or not x.is_contiguous() or not is_aligned(x):
+        return False
+    return x.dtype == rows.dtype and x.device == rows.device and x.shape[:-1].numel() == len(rows)
 
 
-def _state(module: nn.Module) -> Any:
-    return [(id(parameter), parameter._version) for parameter in module.parameters()]
+def _state(module: nn.Module) -> _State:
+    return [(parameter, parameter._version) for parameter in module.parameters()]

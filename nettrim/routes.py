@@ -70,9 +70,20 @@ class Blocks:
     """
 
     def __init__(
-        self, chain: Chain, model: nn.Module, pruned: nn.Module, run: Run, solve: list[Any], held: list[Any], device: torch.device | str | None
+        self,
+        chain: Chain,
+        model: nn.Module,
+        pruned: nn.Module,
+        run: Run,
+        solve: list[Any],
+        held: list[Any],
+        device: torch.device | str | None,
+        *,
+        compared: bool = False,
     ) -> None:
+        """``compared`` is that of `nettrim.stages.Block`."""
         self._chain, self._model, self._pruned, self._run, self._device = chain, model, pruned, run, device
+        self._compared = compared
         self._batches = solve, held
         self._streams: list[tuple[_Carried, _Carried]] = []
         for batches in self._batches:  # now, not after the first layers were solved
@@ -115,7 +126,7 @@ class Blocks:
         if here:
             inside = [self._rooted(layer, name, dense) for layer in here]
             parts = [Part(ours.into(place), theirs.into(place)) for ours, theirs in self._streams]
-            stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._onward, place))
+            stage = Block(inside, dense, pruned, run, parts[0], parts[1], self._device, partial(self._onward, place), self._compared)
             yield stage
             ends, played = [stage.ends, stage.pruned_ends()], stage.replay.played
             del stage
@@ -160,14 +171,14 @@ class Blocks:
         module: nn.Module,
         run: Run,
         ends: list[Tensor],
-        played: Callable[[int], AbstractContextManager[None]] | None = None,
+        within: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """One block further; ``ends`` are the hidden states there, where they are known, and passes run in ``played(batch's index)``."""
+        """One block further; ``ends`` are the hidden states there, where they are known, and passes run in ``within(batch's index)``."""
         for index, item in enumerate(stream.into(place)):
             if ends:
                 hidden = ends[index]
             else:
-                with evaluation(module), contextlib.nullcontext() if played is None else played(index):
+                with evaluation(module), contextlib.nullcontext() if within is None else within(index):
                     hidden = self._chain.hidden(place, run_batch(module, item, index, run))
             stream.hidden[index] = hidden.to(stream.hidden[index].device)
 

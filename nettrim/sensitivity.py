@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim import layers
-from nettrim.buffers import detached
+from nettrim.buffers import detach
 from nettrim.calibration import Run, run_batch
 from nettrim.passes import evaluation, tensors_in
 from nettrim.tracing import TracedLayer
@@ -99,7 +99,7 @@ def _output_metrics(
             if min(rows.values()) >= _DRAWS * _SAMPLES:
                 break
             for buffer in model.buffers():
-                detached(buffer)  # else the next batch's graph would begin in this one's
+                detach(buffer)  # else the next batch's graph would begin in this one's
     return {name: _damped(sums[name].double() / (sizes[name] or 1.0)) for name in sizes}
 
 

@@ -6,6 +6,7 @@ the pruned network is given the hidden states of the network pruned so far.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from nettrim import capture
 from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
+from nettrim.errors import RouteError
 from nettrim.freed import give_back
 from nettrim.grams import Gram
 from nettrim.layers import Matrix
@@ -106,10 +108,12 @@ class Block(Stage):
     """The layers of one block, or of a small network: those that are given the same input are observed in one pass, and share its Gram matrix.
 
     ``hidden(batch's index, output)`` takes what the dense block returns, and returns the hidden state in it, where that is wanted; ``ends`` are
-    those, batch by batch, once its layers were observed; ``replay`` is of the pruned block's layers, in the batches solved on.
+    those, batch by batch, once its layers were observed; ``replay`` is of the pruned block's layers, in the batches solved on. ``compared`` says that
+    the trace is of the first batch, and the others are to be looked at.
     """
 
     hidden: Callable[[int, Any], Tensor] | None = None
+    compared: bool = False
     ends: list[Tensor] = field(default_factory=list)
     _in_sum: bool = False  # whether they are the sum that the last layer's output is a part of
     _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
@@ -168,7 +172,17 @@ class Block(Stage):
         self.ends, last = [], self.layers[-1]
         keep = place if held else None
         self._in_sum = self.hidden is not None and last.name in summed and last.norm is None and is_linear(last.matrix.kind)
-        for found, output, sums in capture.together(self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep):
+        passes = capture.together(
+            self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep, recorded=self.compared
+        )
+        first, rows = None, Counter[str]()
+        for index, (found, output, sums) in enumerate(passes):
+            if self.compared:
+                first = first or sums.seen
+                rows.update(sums.seen.rows)
+                other = next(iter(sums.used_outside), None) or first.differs(sums.seen)
+                if other is not None:
+                    raise _unlike(other, index)
             if self.hidden is not None:
                 self.ends.append(self.hidden(len(self.ends), output))
                 self._in_sum = self._in_sum and sums.is_sum(last.name, self.ends[-1])
@@ -179,6 +193,9 @@ class Block(Stage):
             if held:
                 for name, seen in found.items():
                     self._dense.setdefault(name, []).append(seen)
+        other = next((layer.name for layer in self.layers if self.compared and rows[layer.name] != layer.rows), None)
+        if other is not None:
+            raise _unlike(other, None)
         self._groups = groups
         give_back()
         if self.hidden is not None and held and ask.cascade and all(is_linear(layer.matrix.kind) for layer in self.layers):
@@ -210,18 +227,27 @@ class Block(Stage):
     def _stored(self, layer: TracedLayer, matrix: Matrix) -> Tensor | None:
         """What the stored layer puts out, all rows; None where it cannot be run alone."""
         given = [] if self._inputs is None else [seen.kept for seen in self._inputs[1]]
-        return self.replay.record(matrix.module, given, layer.rows) if self.replay.knows(matrix, given) else None
+        return self.replay.record(matrix.module, given, layer.rows) if self.replay.runs_alone(matrix, given) else None
 
     def pruned_ends(self) -> list[Tensor]:
         """What the pruned block puts out, batch by batch, if no pass is needed for it: it is the sum of its last layer's output, which was solved
         last, and of what was seen beside it. Empty where it is not known.
         """
         matrix, found = self.layers[-1].of(self.pruned), []
-        if self._last and not self.replay.of(matrix.module):  # it was solved in an earlier call
-            self.replay.record(matrix.module, [seen.kept for seen in self._last], self.layers[-1].rows)
-        for seen, own, end in zip(self._last, self.replay.of(matrix.module), self.ends, strict=False):
+        inputs = [seen.kept for seen in self._last]
+        if inputs and not self.replay.outputs_of(matrix.module) and self.replay.runs_alone(matrix, inputs):  # it was left as it is
+            self.replay.record(matrix.module, inputs, self.layers[-1].rows)
+        for seen, own, end in zip(self._last, self.replay.outputs_of(matrix.module), self.ends, strict=False):
             assert seen.beside is not None
             if own.dtype != end.dtype:  # the network runs under autocast
                 return []
             found.append((seen.beside + own).to(end.dtype).reshape(end.shape))  # exact in the wider dtype, so rounded once
         return found
+
+
+def _unlike(name: str, index: int | None) -> RouteError:
+    where = "the calibration batches" if index is None else f"calibration batch {index}"
+    return RouteError(
+        f"layer {name!r} does not run in {where} as the first batch had shown, though no values were seen to decide what runs: give "
+        "blocks=None, with which every batch is looked at before anything is solved"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,19 +21,22 @@ class Sums(Recorder):
         Of each layer whose sum has been seen, in the shape of its output there.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], *, stop: bool = False) -> None:
-        """``stop`` ends the pass once the sums of all were seen."""
+    def __init__(self, modules: dict[str, nn.Module], *, wanted: Collection[str] | None = None, stop: bool = False) -> None:
+        """``wanted`` are the layers whose sums are; all by default. ``stop`` ends the pass once all those were seen."""
         super().__init__(modules)
+        self._wanted = set(modules if wanted is None else wanted)
         self.beside: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}  # until they are written into
         self._stop, self._aside = stop, False
 
     def note_sum(self, layer: str, value: Tensor, other: Tensor, out: Tensor) -> None:
+        if layer not in self._wanted:
+            return
         # what was written into is the sum now
         self.beside[layer] = out - value if storage_of(out) == storage_of(other) else other.clone()
         if value.dtype == other.dtype == out.dtype and self.seen.contiguous[layer]:
             self._sums[layer] = out
-        if self._stop and len(self.beside) == len(self.modules):
+        if self._stop and len(self.beside) == len(self._wanted):
             raise Stop
 
     @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nettrim import layers
 from nettrim.activations import Activation, Norm
-from nettrim.calibration import Run
+from nettrim.calibration import Run, run_batch
 from nettrim.layers import Matrix
 from nettrim.passes import evaluation
-from nettrim.recorder import PassRecord, extent_of, overlap, storage_of
-from nettrim.recording import recorded, skimmed
+from nettrim.recorder import PassRecord, Recorder, extent_of, overlap, storage_of
 from nettrim.values import common_way, step_name
 
 
@@ -98,12 +98,15 @@ class Trace:
         Every layer after the first reads exactly the previous one's output, and the output is exactly the last one's.
     not_chain_reason : str or None
         None for a chain.
+    of_first : bool
+        Whether it is taken from the first batch that the others run alike, which is to be looked at when they are run.
     """
 
     layers: tuple[TracedLayer, ...]
     skipped: dict[str, str]
     chain: bool
     not_chain_reason: str | None
+    of_first: bool = False
 
     def unlike(self, pruned: Trace) -> str | None:
         """Why what follows from this network's chain says nothing of the pruned one, whose trace is given; None where it runs alike."""
@@ -118,7 +121,13 @@ class Trace:
         return None if pruned.not_chain_reason is None else f"in the pruned network, {pruned.not_chain_reason}"
 
 
-def trace(model: nn.Module, batches: list[Any], run: Run, note: Callable[[Any, int], None] | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    batches: list[Any],
+    run: Run,
+    note: Callable[[Any, int], None] | None = None,
+    suffices: Callable[[Trace], Fraction | None] | None = None,
+) -> Trace:
     """Run the network on every batch and find its layers, their order, their activations and what they read.
 
     Parameters
@@ -131,6 +140,9 @@ def trace(model: nn.Module, batches: list[Any], run: Run, note: Callable[[Any, i
         As `nettrim.calibration.runner` returns it.
     note : callable(output, batch's index), optional
         Is given what the network returns.
+    suffices : callable(Trace), optional
+        Is asked, where no values that layers computed were seen to decide what runs, whether the trace of the first of several batches is enough:
+        how many times its rows there are in all of them, or None where it is not.
 
     Returns
     -------
@@ -158,14 +170,29 @@ def trace(model: nn.Module, batches: list[Any], run: Run, note: Callable[[Any, i
     supported = layers.owners(model)
     runs: list[PassRecord] = []
     used_outside: dict[str, str] = {}
-    skim = False  # once a batch has shown that no values decide what is run
     with evaluation(model):
         for index, batch in enumerate(batches):
-            recorder = skimmed(model, supported, batch, index, run) if skim else None
-            recorder = recorder or recorded(model, supported, batch, index, run, note)
-            skim = note is None and not recorder.layers_decide
+            recorder = Recorder(supported)
+            with recorder.hooks(), recorder:
+                output = run_batch(model, batch, index, run)
+            recorder.finish(output)
+            if note is not None:
+                note(output, index)
+            del output
+            recorder.note_kept()
             runs.append(recorder.seen)
             used_outside |= recorder.used_outside
+            if index == 0 and suffices is not None and len(batches) > 1 and not recorder.layers_decide:
+                first = _summary(names, supported, runs, used_outside)
+                times = suffices(first)
+                if times is not None:
+                    layers_of_all = tuple(replace(layer, rows=int(layer.rows * times)) for layer in first.layers)
+                    return replace(first, layers=layers_of_all, of_first=True)
+    return _summary(names, supported, runs, used_outside)
+
+
+def _summary(names: dict[nn.Module, list[str]], supported: dict[str, nn.Module], runs: list[PassRecord], used_outside: dict[str, str]) -> Trace:
+    """What some passes have shown."""
     reasons = _static_reasons(names, supported)
     for name, found in _running_reasons(supported, runs, used_outside).items():
         reasons.setdefault(name, []).extend(found)
@@ -220,7 +247,7 @@ def _running_reasons(
             )
             continue
         if not ran:
-            found.append(f"never ran in the {len(runs)} calibration batch(es)")
+            found.append("never ran in the first calibration batch" if len(runs) == 1 else f"never ran in the {len(runs)} calibration batches")
         elif len(ran) < len(runs):
             missing = next(index for index in range(len(runs)) if index not in ran)
             found.append(f"ran in {len(ran)} of {len(runs)} calibration batches only (not in batch {missing})")

@@ -231,7 +231,7 @@ def failing(function: Callable[..., Any], call: int, error: BaseException) -> Ca
 
 
 STAGES = (
-    [("prune.trace", 1), ("layers.copy_of", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
+    [("surveying.trace", 1), ("layers.copy_of", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
     + [(stage, call) for stage in ("store", "dispatch._solve", "goals.make_budget", "_layer_report") for call in (1, 2)]
     + [("capture.kept", call) for call in (1, 2, 3, 4)]
     + [("capture.outputs", call) for call in (1, 2, 3)]

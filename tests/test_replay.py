@@ -175,14 +175,14 @@ class TestReplay:
     def test_of_changed_parameters_nothing_is_known(self) -> None:
         with torch.no_grad():
             self.layer.weight.mul_(2)
-        assert self.replay.of(self.layer) == []
+        assert self.replay.outputs_of(self.layer) == []
         assert torch.equal(self.played(self.x[0])[0], self.layer(self.x[0])) and self.calls == 1
 
     def test_what_runs_alone(self) -> None:
         (matrix,) = matrices_of(self.layer)
-        assert self.replay.knows(matrix, self.x) and not self.replay.knows(matrix, [self.x[0].double()])
+        assert self.replay.runs_alone(matrix, self.x) and not self.replay.runs_alone(matrix, [self.x[0].double()])
         (convolution,) = matrices_of(nn.Conv1d(2, 3, 1))
-        assert not self.replay.knows(convolution, [])
+        assert not self.replay.runs_alone(convolution, [])
 
     def test_rooms_say_when_not_all_rows_are_in_them(self) -> None:
         room = Room(3)

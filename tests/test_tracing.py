@@ -266,7 +266,7 @@ def tied(net: Any, x: Tensor) -> Tensor:
 
 SKIPPED: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, str]]] = {
     "called twice": (lambda net, x: net.c(net.b(net.a(net.a(x)))), {"a": "called 2 times"}),
-    "never ran": (lambda net, x: net.c(net.a(x)), {"b": "never ran in the 1 calibration batch"}),
+    "never ran": (lambda net, x: net.c(net.a(x)), {"b": "never ran in the first calibration batch"}),
     "weight used elsewhere": (tied, {"b": "used outside its own forward, by aten.t"}),
     "weight used only": (lambda net, x: net.a(x) @ net.b.weight.T + net.c(x), {"b": "own forward never runs"}),
     "bias used elsewhere": (lambda net, x: net.c(net.b(net.a(x))) + net.b.bias, {"b": "bias is also used outside"}),

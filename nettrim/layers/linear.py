@@ -33,15 +33,16 @@ def is_linear(kind: Kind) -> bool:
 
 
 def silent(module: nn.Module, outputs: int) -> Callable[..., Any]:
-    """A forward for a module of such a kind that computes nothing: zeros where its output would be.
+    """A forward for a module of such a kind that computes nothing: zeros where its output would be, for a pass in which that is of no matter.
 
-    What a network does is the same with it, but for values. Where something else than one dtype and rows without gaps is to come out, it computes.
+    Where the output would have another dtype or layout, or the input is one that the module refuses, it computes.
     """
-    own = module.forward
+    own: Callable[..., Any] = module.forward
+    weight = module.get_parameter("weight")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = Call(args, kwargs, None).argument(module)
-        if not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+        if not x.is_contiguous() or x.dtype != weight.dtype or x.shape[-1] != weight.numel() // outputs or torch.is_autocast_enabled(x.device.type):
             return own(*args, **kwargs)
         return x.new_zeros(*x.shape[:-1], outputs)
 

@@ -1,0 +1,105 @@
+"""What is found out about a network before anything is solved: its layers as they run, and its blocks.
+
+A network of blocks is traced on the first batch alone where no values were seen to decide what runs in it, and all the layers to be pruned lie in
+blocks: each block is run on every batch anyway, when its layers are observed, and is compared then with what the first batch had shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+
+from nettrim import selection
+from nettrim.blockwise import Chain, NotBlocks
+from nettrim.calibration import Run
+from nettrim.errors import ArgumentError
+from nettrim.finding import find
+from nettrim.routes import check_order
+from nettrim.selection import Pattern
+from nettrim.tracing import Trace, trace
+
+
+def survey(
+    model: nn.Module,
+    solve_on: list[Any],
+    keep_out: list[Any],
+    run: Run,
+    *,
+    blocks: Any,
+    spread: bool,
+    targets: Iterable[Pattern] | Pattern | None,
+    ignore: Iterable[Pattern] | Pattern,
+) -> tuple[Trace, Chain | None, str]:
+    """The network's trace; its blocks, as they were asked for, and what they are in words, or why there are none.
+
+    ``spread`` says that an executor solves all layers at once. The other arguments and the errors are those of :func:`nettrim.prune`.
+    """
+    batches = [*solve_on, *keep_out]
+    found: list[tuple[Chain | None, str]] = []
+
+    def suffices(first: Trace) -> Fraction | None:
+        found.append(_chain(model, blocks, batches, run, first, spread))
+        chain, _ = found[0]
+        return None if chain is None else _times(chain, model, first, len(solve_on), targets, ignore)
+
+    traced = trace(model, solve_on, run, suffices=suffices)
+    if not found:
+        found.append(_chain(model, blocks, batches, run, traced, spread))
+    elif found[0][0] is not None and not traced.of_first:
+        found[0] = _ordered(found[0][0], blocks, traced)
+    return traced, *found[0]
+
+
+def _times(
+    chain: Chain, model: nn.Module, first: Trace, count: int, targets: Iterable[Pattern] | Pattern | None, ignore: Iterable[Pattern] | Pattern
+) -> Fraction | None:
+    """How many times the first batch's rows there are in all, if its trace is enough; else None."""
+    if first.chain:  # a bound follows from how each batch runs through the whole network
+        return None
+    try:
+        names, _ = selection.select(model, first, targets, ignore)
+    except ArgumentError:  # which other batches may spare
+        return None
+    chosen = [layer for layer in first.layers if layer.name in names]
+    inside = all(chain.place(layer.module_name) is not None and layer.matrix.kind.observed and not layer.matrix.kind.repeats for layer in chosen)
+    times = Fraction(sum(chain.entries[:count]), chain.entries[0] or 1)
+    return times if inside and all((layer.rows * times).denominator == 1 for layer in first.layers) else None
+
+
+def _chain(model: nn.Module, given: Any, batches: list[Any], run: Run, traced: Trace, spread: bool) -> tuple[Chain | None, str]:
+    """The network's blocks, and what they are in words, or why there are none.
+
+    Raises
+    ------
+    ArgumentError
+        It has none such as were asked for.
+    """
+    if given is None:
+        return None, "none: the whole network, as asked"
+    if spread:
+        if given != "auto":
+            raise ArgumentError("blocks was given with an executor in parallel mode, which solves all layers at once; leave out one of them")
+        return None, "none: an executor solves all layers at once"
+    try:
+        chain = find(model, given, batches, run)
+    except NotBlocks as error:
+        return _none(given, error)
+    return _ordered(chain, given, traced)
+
+
+def _ordered(chain: Chain, given: Any, traced: Trace) -> tuple[Chain | None, str]:
+    """The chain, if the trace does not speak against it."""
+    try:
+        check_order(chain, traced)
+    except NotBlocks as error:
+        return _none(given, error)
+    return chain, chain.said
+
+
+def _none(given: Any, error: NotBlocks) -> tuple[None, str]:
+    if given != "auto":
+        raise ArgumentError(f"blocks={given!r}: {error}; leave blocks out, or name others") from error
+    return None, f"none: {error}"
