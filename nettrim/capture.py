@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     Attributes
     ----------
     kept : Tensor
-        What the layer's kind keeps of the input (`nettrim.layers.Kind.inputs`), in its own dtype.
+        What the layer's kind keeps of the input (`nettrim.layers.Kind.inputs`), in its own dtype; or what ``place`` of `together` makes of that.
     Z : Tensor, (P, M)
         Pre-activations in the compute dtype: what the layer returned, before anything changed it.
     beside : Tensor or None, (P, M)
@@ -158,7 +158,7 @@ def together(
     """As `kept`, of several layers in one forward pass of each batch; what ``run`` returned; and sums. None of them may run more than once in a pass.
 
     Of layers that are given the same input, what is kept of it is one tensor. ``summed`` names those of which it is wanted what they are added to.
-    ``place(layer, field of Seen, tensor)`` is to return a copy of a tensor. With ``recorded``, sums record all the layers.
+    ``place(layer, field of Seen, tensor)`` is to return a copy of a tensor, or what is to be kept of it. With ``recorded`` sums record all layers.
     """
     copied = place if place is not None else lambda name, what, tensor: tensor.clone()
     for index, batch in enumerate(batches):

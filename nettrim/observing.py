@@ -132,7 +132,7 @@ class Layer:
         matrix.write_back(W)
 
     def stored(self, matrix: Matrix) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All rows, chunk by chunk: ``(A, U)`` and ``u`` of the stored weights, (p, M) float64."""
+        """All rows, chunk by chunk: ``A``, ``U``, and in float64 what the stored weights make of ``A``, (p, M), in the scale of ``U``."""
         known, start = None if self.outputs is None else self.outputs(matrix), 0
         for A, U in self.observation.chunks():
             own = matrix.forward_rows(A) if known is None else known[start : start + len(A)]
@@ -204,7 +204,7 @@ def observe(
 
 
 def directions(matrix: Matrix, device: torch.device | str | None) -> Tensor | None:
-    """A few directions ``R`` (N, 8) along which a linear layer's inputs are compared where holding them would cost much more than ``A R``.
+    """Directions ``R`` (N, 8) along which the inputs of a linear layer are compared; None for fewer than 32 inputs, which are held themselves.
 
     Their entries are independent and normal, always the same: ``‖(A − Â) R‖²`` is expected to be ``8 ‖A − Â‖²``, and is 0 where nothing differs.
     """
@@ -231,7 +231,7 @@ def observed(
 ) -> Layer:
     """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count.
 
-    Where ``along`` is given, what was kept of the dense network's inputs are products with it (`directions`). ``outputs`` is the layer's.
+    Where ``along`` is given, what ``dense`` yields as kept are products of the inputs with it (`directions`). ``outputs`` is the field of `Layer`.
     """
     matrix, apart, size = layer.matrix, 0.0, 0.0
 
