@@ -71,6 +71,15 @@ def test_one_batch_says_what_all_would() -> None:
     assert nettrim.verify(model, blocks.model, batches, blocks.report, bounds=False).holds
 
 
+def test_a_layer_that_did_not_run_is_said_to_have_run_in_no_first_batch() -> None:
+    model = Stack(plain)
+    for block in model.blocks:
+        block.spare = nn.Linear(3, 3)
+    result = nettrim.prune(model, data(), **ASKED)
+    assert result.report.skipped["blocks.1.spare"] == "never ran in the first calibration batch"
+    assert nettrim.verify(model, result.model, data(), result.report, bounds=False).holds
+
+
 def test_dense_blocks_run_once_for_each_batch_and_a_few_times_for_the_first() -> None:
     def runs(count: int) -> int:
         seen = 0
