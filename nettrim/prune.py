@@ -177,6 +177,8 @@ def prune(
         An argument is not as described; CalibrationError if it is the calibration data.
     InfeasibleError, ConvergenceError
         A layer's program has no solution, or none was found, with ``on_failure="raise"``.
+    RouteError
+        A layer does not run in some batch, or not as the first batch or the dense network had shown; the layer is named.
     CheckpointError
         ``checkpoint_dir`` is in use, of another run, or cannot be read or written.
 
