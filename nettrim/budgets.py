@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nettrim.aims import Aim
 from nettrim.errors import ArgumentError
 from nettrim.layers.convolution import Convolutional
 from nettrim.observation import HELD_ELEMENTS
@@ -46,11 +47,14 @@ class Budget:
     inflation : float or None
         The factor ``γ`` (``κγ`` for the last layer) by which a cascade layer's squared promise exceeds at most what the dense weights leave;
         None for a budget of its own.
+    aim : Aim or None
+        What a program with a number of weights is about, where that is known from sums over the rows.
     """
 
     programs: tuple[LayerProgram, ...]
     promise: float | None
     inflation: float | None
+    aim: Aim | None = None
 
     @property
     def epsilon(self) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nettrim.aims import weighed_square
 from nettrim.errors import NetTrimError
 from nettrim.grams import rough_dtype, square_sum
 from nettrim.layers import Matrix
@@ -22,7 +24,7 @@ _CHUNK = 2**22  # of an output's elements at a time
 
 def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
     """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
-    return math.sqrt(sum(_apart(layer, Z, U) for _, U, Z in layer.stored(matrix)))
+    return math.sqrt(sum(_apart(layer, Z, U) for _, U, _, Z in layer.stored(matrix)))
 
 
 def _apart(layer: Layer, Z: Tensor, U: Tensor) -> float:
@@ -71,22 +73,33 @@ def make_promise(matrix: Matrix, layer: Layer, epsilon: float, inflation: float 
     return Promise(epsilon, inflation, layer.rows, math.sqrt(output), sums.norm)
 
 
-def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], Tensor]) -> tuple[Promise, float]:
-    """One pass over the rows: what the stored weights leave as a promise, ``√F``, and `stored_discrepancy`.
+class Measured(NamedTuple):
+    """What stored weights leave: as a promise, ``√F``, of the output, and ``Σ_p d_pᵀ S d_p`` of the sum that the output is a part of."""
+
+    promise: Promise
+    discrepancy: float
+    weighed: float
+
+
+def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], Tensor], metric: Tensor | None) -> Measured:
+    """One pass over the rows of a stored layer; its ``discrepancy`` is `stored_discrepancy`.
 
     ``distance(Z, U)`` is the residual that ``F`` sums the squares of, for pre-activations as the stored layer computes them. Entry by entry it is no
-    smaller than the discrepancy of their outputs.
+    smaller than the discrepancy of their outputs. ``metric``, (M, M) or (M,), is S; without one it is the identity.
     """
-    output = apart = left = 0.0
+    output = apart = left = weighed = 0.0
     sums = _Sums(matrix, layer)
-    for A, U, Z in layer.stored(matrix):
+    for A, U, more, Z in layer.stored(matrix):
         output += square_sum(layer.output(U))
-        here = square_sum(distance(Z, U))
+        D = distance(Z, U)
+        here = square_sum(D)
         left += here
         apart += here if layer.function is None else _apart(layer, Z, U)
+        plain = layer.function is None and more is None and metric is None
+        weighed += here if plain else weighed_square(Z - (U if more is None else U + more), metric)
         sums.add(A)
     left *= layer.lipschitz**2
-    return Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart)
+    return Measured(Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart), weighed)
 
 
 class _Sums:

@@ -1,15 +1,8 @@
 """From what was captured of a layer to its program with a number of weights: the targets, and the weights that may stay.
 
 Before a ReLU too it is the program without one, for the pre-activations: their discrepancy is no smaller than that of the outputs, and the program
-sees ``G`` and ``C`` alone. In a cascade, with ``B`` (P, M) for what the layer's output is added to, if it is a part of a sum:
-
-* targets that make the dense network's sum:  ``A Wᵀ + B − B̂``
-* those of a ``repair`` below 1, which lean to what the dense weights make of the disturbed inputs:
-  ``T = repair · (A Wᵀ + B − B̂) + (1 − repair) · Â Wᵀ``
-* damped, the program is about ``‖Â Ŵᵀ − T‖² + δ Σ_j ‖â_j‖² ‖ŵ_j − w_j‖²`` (columns ``j``): what is expected on inputs that have independent noise
-  of ``δ`` times their energy, which dense and pruned weights see alike. It is the same program with a row more for every input.
-
-What is promised is not what the program is about, but what its weights leave of the layer's own output, undamped.
+sees ``G`` and ``C`` alone (:mod:`nettrim.aims`, where the formulas of its targets are). What is promised is not what the program is about, but what
+its weights leave of the layer's own output, undamped.
 """
 
 from __future__ import annotations
@@ -19,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nettrim.aims import Aim
 from nettrim.budgets import Budget, held_targets, l1_weights, rows_of
 from nettrim.grams import column_squares
 from nettrim.observing import Layer
@@ -45,9 +39,8 @@ def make_selection(
         pattern = UNSTRUCTURED
     else:
         kept = _shared(layer, pattern, sparsity, support)
-    known = layer.aims
-    if known is not None:
-        known = known.leaning(lean, layer.dense).damped(damping, layer.dense, N)
+    metric = None if metric is None else metric.to(layer.dense)
+    aim = None if layer.aims is None else Aim(layer.aims, layer.dense, lean, damping, N, metric)
     programs = []
     for group in range(layer.groups):
         inputs, targets = _rows(layer, group, lean, damping)
@@ -60,12 +53,12 @@ def make_selection(
                 activation=None,
                 l1_weights=omega,
                 pattern=pattern.text,
-                metric=None if metric is None else (metric[inside] if metric.ndim == 1 else metric[inside, inside]).to(layer.dense),
+                metric=None if metric is None else metric[inside] if metric.ndim == 1 else metric[inside, inside],
                 support=None if support is None else support[inside].to(layer.dense.device),
-                moments=known,
+                moments=None if aim is None else aim.moments,
             )
         )
-    return Budget(tuple(programs), None, None)
+    return Budget(tuple(programs), None, None, aim)
 
 
 def _rows(layer: Layer, group: int, repair: float, damping: float) -> tuple[Tensor | Stream, Tensor | Stream]:

@@ -1,8 +1,9 @@
-"""What a program without a ReLU needs of its rows: ``G = AᵀA``, ``C = YᵀA`` and ``‖y_m‖²``; and ``G`` made once for layers with the same inputs."""
+"""What a program without a ReLU needs of its rows, ``G = AᵀA`` and ``C = YᵀA``; and ``G`` made once for layers with the same inputs."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
-_CANCELLED = 1e-6  # of ‖Y‖², of a misfit that is a difference of sums of its size: ten digits of sixteen stay
+_WIDE_WORK = 1e6  # N²M below which nothing is gained by products in float32
+_IN_RANGE = (1e-12, 1e12)  # of entries whose products float32 holds
 
 
 def square_sum(x: Tensor) -> float:
@@ -67,13 +69,10 @@ class Moments:
         Perhaps of other layers too.
     C : Tensor, (M, N)
         ``YᵀA``.
-    squares : Tensor, (M,)
-        ``‖y_m‖²`` of each output.
     """
 
     gram: Gram
     C: Tensor
-    squares: Tensor
 
     @property
     def G(self) -> Tensor:
@@ -83,54 +82,45 @@ class Moments:
 
     def of(self, outputs: slice) -> Moments:
         """Those of some of the outputs."""
-        return dataclasses.replace(self, C=self.C[outputs], squares=self.squares[outputs])
+        return dataclasses.replace(self, C=self.C[outputs])
 
-    def left(self, W: Tensor) -> Tensor | None:
-        """``‖A w_m − y_m‖²`` of each row of the weights (M, N), (M,); None where too few digits of it would be right."""
-        W = W.to(self.C)
-        found = self.squares - ((2 * self.C - W @ self.G) * W).sum(1)
-        return found if float(found.sum()) > _CANCELLED * float(self.squares.sum()) else None
 
-    def leaning(self, repair: float, dense: Tensor) -> Moments:
-        """Those of ``repair · y + (1 − repair) · A wᵀ`` for the weights ``dense`` (M, N)."""
-        if repair == 1:
-            return self
-        W = dense.to(self.C)
-        V = W @ self.G
-        own = (V * W).sum(1)
-        squares = repair**2 * self.squares + 2 * repair * (1 - repair) * (self.C * W).sum(1) + (1 - repair) ** 2 * own
-        return dataclasses.replace(self, C=repair * self.C + (1 - repair) * V, squares=squares)
+def working_dtype(M: int, N: int) -> torch.dtype:
+    """What weights (M, N) of float32 are searched for in."""
+    return torch.float64 if N * N * M < _WIDE_WORK else torch.float32
 
-    def damped(self, damping: float, dense: Tensor, columns: int) -> Moments:
-        """Those with a row more for each of the first so many inputs ``j``, ``√damping ‖a_j‖`` there, and what the weights ``dense`` make of it."""
-        if damping == 0:
-            return self
-        W, added = dense.to(self.C), torch.zeros_like(self.C[0])
-        added[:columns] = damping * self.G.diagonal()[:columns]
-        squares = self.squares + (W.square() * added).sum(1)
-        return dataclasses.replace(self, gram=self.gram.damped(damping, columns), C=self.C + W * added, squares=squares)
+
+def _is_narrow(A: Tensor, Y: Tensor) -> bool:
+    """Whether products of the rows may be in float32: then a search sees them so, and they neither overflow nor are rounded to less."""
+    if working_dtype(Y.shape[1], A.shape[1]) == torch.float64 or torch.get_float32_matmul_precision() != "highest":
+        return False
+    sizes = (float(torch.linalg.vector_norm(part, math.inf)) for part in (A, Y) if part.numel())
+    return all(size == 0 or _IN_RANGE[0] <= size <= _IN_RANGE[1] for size in sizes)
 
 
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet."""
+    """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet.
+
+    Products of a chunk are as precise as the search that they are for; the sum over the chunks is in float64.
+    """
     known = gram.G is not None
-    C = squares = None
-    for part, targets in rows:
-        A, Y = part.double(), targets.double()
-        if C is None or squares is None:
-            C, squares = Y.new_zeros(Y.shape[1], A.shape[1]), Y.new_zeros(Y.shape[1])
+    C = None
+    for A, Y in rows:
+        M, N = Y.shape[1], A.shape[1]
+        if not _is_narrow(A, Y):
+            A, Y = A.double(), Y.double()
+        if C is None:
+            C = Y.new_zeros(M, N, dtype=torch.float64)
         if not known:
-            gram.G = A.new_zeros(A.shape[1], A.shape[1]) if gram.G is None else gram.G
-            step = -(-A.shape[1] // _STRIPS)
-            for start in range(0, A.shape[1], step):  # of a symmetric matrix one half, strip by strip
-                gram.G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
-        C.addmm_(Y.T, A)
-        squares += column_squares(targets)
+            gram.G = A.new_zeros(N, N, dtype=torch.float64) if gram.G is None else gram.G
+            step = -(-N // _STRIPS)
+            for start in range(0, N, step):  # of a symmetric matrix one half, strip by strip
+                gram.G[: start + step, start : start + step] += A[:, : start + step].T @ A[:, start : start + step]
+        C += Y.T @ A
     assert C is not None
-    assert squares is not None
     if not known and gram.G is not None:
         gram.G = gram.G.triu() + gram.G.triu(1).T
-    return Moments(gram, C, squares)
+    return Moments(gram, C)
 
 
 def rough_dtype(like: Tensor) -> torch.dtype | None:

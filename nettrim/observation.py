@@ -84,13 +84,14 @@ class Observation:
 
     def chunks(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """``(A, U)`` chunk by chunk; of one group of a grouped layer, ``A`` is (p, N) and ``U`` (p, M/G)."""
-        return ((A, U) for A, U, _ in self._parts(group))
+        return ((A, U) for A, U, _ in self.parts(group))
 
     def aims(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """As `chunks`, with the outputs that would make the dense network's sum: ``U`` and what the dense network adds more to it."""
-        return ((A, U if more is None else U + more) for A, U, more in self._parts(group))
+        return ((A, U if more is None else U + more) for A, U, more in self.parts(group))
 
-    def _parts(self, group: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def parts(self, group: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """As `chunks`, and what the dense network adds more to the outputs, (p, M); None where it is not known."""
         if self._rows is None:
             yield from self._unfolded(group)
             return
@@ -119,7 +120,7 @@ class Observation:
         index = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(self.count, count, replace=False)))
         found: list[list[Tensor]] = []
         start = 0
-        for A, U, more in self._parts(None):
+        for A, U, more in self.parts():
             taken = (index[(index >= start) & (index < start + len(A))] - start).to(A.device)
             found.append([A[taken], U[taken], *([] if more is None else [U[taken] + more[taken]])])
             start += len(A)

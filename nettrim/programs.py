@@ -88,7 +88,8 @@ class LayerProgram:
     l1_weights : float, Tensor or ndarray, (N,) or (M, N), optional
         ``ω ≥ 0`` (1 by default).
     moments : Moments, optional
-        The sums over the rows that a program without a ReLU is about, where they are known already (:mod:`nettrim.grams`); for ``"topk_admm"``.
+        The sums over the rows that a program without a ReLU is about, where they are known already (:mod:`nettrim.grams`); for ``"topk_admm"``, which
+        then leaves the rows alone: a solution's objective and discrepancy are NaN, for who stores it to measure.
 
     Raises
     ------

@@ -58,7 +58,7 @@ def store(matrix: Matrix, layer: Layer, budget: Budget, solution: Solution, solv
     if solution.status not in ("optimal", "feasible"):
         return Stored(solution, math.inf, math.nan, _explain(solution, budget))
     if budget.promise is None:
-        return _store_as_is(matrix, layer, budget, solution)
+        return _store_as_is(matrix, layer, budget, solution, tol)
     before = matrix.as_matrix()
     lower_bound, discrepancy = solution.lower_bound, math.inf
     promised = epsilon = budget.epsilon
@@ -110,21 +110,25 @@ def _solve_within(layer: Layer, budget: Budget, share: float, solver: str, tol: 
     return stacked([solve(program, solver, tol=tol, max_iter=max_iter, initial=start) for program, start in pairs], tol)
 
 
-def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solution) -> Stored:
+def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solution, tol: float) -> Stored:
     """Write a solution that promises what it leaves: ``√F`` of the stored weights, and what rounding can add to it when the layer is run."""
     before = matrix.as_matrix()
     try:
         layer.write(matrix, solution.weights)
     except ArgumentError as error:
         return Stored(_unstored(solution), math.inf, math.nan, str(error))
-    promise, discrepancy = measure(matrix, layer, partial(distance, layer))
+    aim = budget.aim if layer.drawn is None else None  # else it is about the rows drawn
+    promise, discrepancy, weighed = measure(matrix, layer, partial(distance, layer), None if aim is None else aim.metric)
     epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
     if discrepancy <= epsilon:
         stored, objective = layer.read(matrix).to(solution.weights), solution.objective
-        if not torch.equal(stored, solution.weights):
+        if aim is not None:
+            objective = budget.programs[0].value(0.0, aim.misfit(stored, weighed))
+        elif math.isnan(objective) or not torch.equal(stored, solution.weights):
             blocks = stored.split(len(stored) // len(budget.programs))
             objective = sum(program.objective(block) for program, block in zip(budget.programs, blocks, strict=True))
-        rounded = dataclasses.replace(solution, objective=objective, gap=relative_gap(objective, solution.lower_bound))
+        gap = relative_gap(objective, solution.lower_bound)
+        rounded = dataclasses.replace(solution, objective=objective, gap=gap, status="optimal" if gap <= tol else "feasible")
         return Stored(rounded, discrepancy, epsilon, None, promise)
     matrix.write_back(before)
     reason = f"the stored layer's discrepancy is {discrepancy:.9g}; expected at most {epsilon:.9g}: is the layer what it computes?"

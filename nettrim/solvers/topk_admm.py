@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nettrim.grams import Moments
+from nettrim.grams import working_dtype
 from nettrim.patterns import Supports
 from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
@@ -31,7 +31,6 @@ from nettrim.solvers.feasibility import rounding_margin
 from nettrim.solvers.support import Fit, Quadratic, normalised, refit, search
 
 NAME = "topk_admm"
-_FLOAT32_WORK = 1e6  # N²M from which supports are searched in single precision
 _SEARCHES = 2  # before a ReLU
 _RENEWALS = 12  # of T, on the support found
 _ROUGH_RENEWALS = 3  # while a budget's number of weights is sought
@@ -55,7 +54,6 @@ class _Problem:
     column: Tensor  # (N,), √G_jj
     row: Tensor  # (M, 1), √S_mm; (1, 1) without a metric
     C: Tensor  # (M, N), of the present T
-    moments: Moments | None  # as it was posed, in float64
     iterations: int = 0
     history: History = field(default_factory=History)
 
@@ -64,18 +62,6 @@ class _Problem:
 
     def true(self, W: Tensor) -> Tensor:
         return W / self.column / self.row
-
-    def measures(self, W: Tensor) -> Measures | None:
-        """What the weights ``W`` (true, as they are returned) leave, from the moments; None where only the rows say it."""
-        program = self.program
-        if self.moments is None or (program.metric is not None and program.metric.ndim == 2):
-            return None
-        left = self.moments.left(W)
-        if left is None:
-            return None
-        out = float(left.sum())
-        weighed = out if program.metric is None else float((left * program.metric.double()).sum())
-        return Measures(weighed, 0.0, math.sqrt(out))
 
     def note(self, fit: Fit, supports: Supports) -> None:
         """Write down a fit that keeps the budget: its number of weights, below which nothing is proven."""
@@ -102,8 +88,11 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
         W = _fewest(problem, supports, start, max_iter)
     spent = (problem.iterations, time.perf_counter() - began)
     W = W.to(program.dtype)
-    measures, history = problem.measures(W), problem.history
-    return judge(program, W, 0.0, tol=tol, iterations=spent[0], seconds=spent[1], solver=NAME, measures=measures, history=history)
+    measures = None if program.moments is None else Measures(math.nan, 0.0, math.nan)
+    found = judge(program, W, 0.0, tol=tol, iterations=spent[0], seconds=spent[1], solver=NAME, measures=measures, history=problem.history)
+    if measures is None or found.violation > 0 or not bool(W.isfinite().all()):
+        return found
+    return dataclasses.replace(found, status="feasible", gap=1.0)  # of any objective to 0
 
 
 def _everything(program: LayerProgram, supports: Supports) -> Tensor:
@@ -113,11 +102,11 @@ def _everything(program: LayerProgram, supports: Supports) -> Tensor:
 
 def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
     M, N = program.shape
-    dtype = torch.float32 if N * N * M >= _FLOAT32_WORK else torch.float64
+    dtype = working_dtype(M, N)
     known = None if program.relu else program.moments
     if known is not None:
         quadratic, column, row = normalised(known.G, program.metric, dtype, known.gram)
-        return _Problem(program, quadratic, column, row, known.C / column * row, known)
+        return _Problem(program, quadratic, column, row, known.C / column * row)
     G = torch.zeros((N, N), dtype=torch.float64, device=program.device)
     C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
     # products of a chunk are as precise as the search; the sum over the chunks is in float64
@@ -129,7 +118,7 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
             T = Z - program.residual(Z, Y, V)
         C += T.T @ A
     quadratic, column, row = normalised(G, program.metric, dtype)
-    return _Problem(program, quadratic, column, row, C / column * row, None)
+    return _Problem(program, quadratic, column, row, C / column * row)
 
 
 def _correlations(program: LayerProgram, W: Tensor) -> Tensor:

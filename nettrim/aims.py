@@ -1,0 +1,102 @@
+"""What a program with a number of weights is about, in sums over its rows: ``G = AᵀA`` and ``C = TᵀA`` for the targets ``T`` that it has.
+
+In a cascade, with ``B`` (P, M) for what the layer's output is added to, if it is a part of a sum:
+
+* targets that make the dense network's sum:  ``T₁ = A Wᵀ + B − B̂``
+* those of a ``repair`` ``r`` below 1, which lean to what the dense weights make of the disturbed inputs:  ``T = r T₁ + (1 − r) Â Wᵀ``
+* damped, the program is about ``‖Â Ŵᵀ − T‖² + δ Σ_j ‖â_j‖² ‖ŵ_j − w_j‖²`` (columns ``j``): what is expected on inputs that have independent noise
+  of ``δ`` times their energy, which dense and pruned weights see alike. It is the same program with a row more for every input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from nettrim.grams import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Aim:
+    """What a layer's program is about.
+
+    Attributes
+    ----------
+    seen : Moments
+        Of ``Â`` and ``T₁``.
+    dense : Tensor, (M, N)
+        W.
+    repair, damping : float
+        r and δ.
+    columns : int
+        Of the inputs that are damped: all but the bias's ones.
+    metric : Tensor or None, (M, M) or (M,)
+        S, or its diagonal.
+    """
+
+    seen: Moments
+    dense: Tensor
+    repair: float
+    damping: float
+    columns: int
+    metric: Tensor | None
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Those of the program: of ``Â`` and ``T``, with the rows of the damping."""
+        found, W = self.seen, self.dense.to(self.seen.C)
+        if self.repair < 1:
+            found = dataclasses.replace(found, C=self.repair * found.C + (1 - self.repair) * (W @ found.G))
+        if self.damping > 0:
+            found = Moments(found.gram.damped(self.damping, self.columns), found.C + W * self._energy)
+        return found
+
+    @property
+    def _energy(self) -> Tensor:
+        """``δ ‖â_j‖²`` of every input, (N,)."""
+        found = self.damping * self.seen.G.diagonal()
+        found[self.columns :] = 0
+        return found
+
+    def misfit(self, W: Tensor, apart: float) -> float:
+        """The program's misfit of the weights ``Ŵ`` (M, N), from ``apart = Σ_p d_pᵀ S d_p``, ``D₁ = Â Ŵᵀ − T₁``, as it is measured on the rows.
+
+        With ``Δ = Ŵ − W``, ``Â Ŵᵀ − T = r D₁ + (1 − r) Â Δᵀ`` and ``D₁ᵀ Â = Ŵ G − C``, so that it is
+
+            ``r² apart + ⟨S (2 r (1 − r) (Ŵ G − C) + (1 − r)² Δ G), Δ⟩``
+
+        and the damping's part. Of a small misfit the sums alone would say no digit: it is a difference of terms as large as ``‖T‖²``.
+        """
+        W = W.to(self.seen.C)
+        moved = W - self.dense.to(W)
+        found = self.repair**2 * apart
+        if self.repair < 1:
+            lean = 1 - self.repair
+            found += self._weighed(2 * self.repair * lean * (W @ self.seen.G - self.seen.C) + lean**2 * (moved @ self.seen.G), moved)
+        if self.damping > 0:
+            found += self._weighed(moved * self._energy, moved)
+        return found
+
+    def _weighed(self, X: Tensor, Y: Tensor) -> float:
+        """``⟨S X, Y⟩``, float64."""
+        if self.metric is None:
+            return float((X * Y).sum())
+        S = self.metric.to(X)
+        return float(((S[:, None] * X if S.ndim == 1 else S @ X) * Y).sum())
+
+
+def weighed_square(D: Tensor, metric: Tensor | None) -> float:
+    """``Σ_p d_pᵀ S d_p`` of residuals (P, M); of a metric (M, M) one half, products in its dtype, sums in float64."""
+    D = D.double()
+    if metric is None or metric.ndim == 1:
+        return float((D.square() if metric is None else D.square() * metric.to(D)).sum())
+    total, step = 0.0, -(-len(metric) // 8)
+    narrow = D.to(metric.dtype)
+    for start in range(0, len(metric), step):
+        here, behind = slice(start, start + step), slice(start + step, None)
+        total += float(((narrow[:, here] @ metric[here, here]).double() * D[:, here]).sum())
+        total += 2 * float(((narrow[:, here] @ metric[here, behind]).double() * D[:, behind]).sum())
+    return total
