@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -94,8 +93,22 @@ def _is_narrow(A: Tensor, Y: Tensor) -> bool:
     """Whether products of the rows may be in float32: then a search sees them so, and they neither overflow nor are rounded to less."""
     if working_dtype(Y.shape[1], A.shape[1]) == torch.float64 or torch.get_float32_matmul_precision() != "highest":
         return False
-    sizes = (float(torch.linalg.vector_norm(part, math.inf)) for part in (A, Y) if part.numel())
+    ends = (torch.aminmax(part) for part in (A, Y) if part.numel())
+    sizes = (max(-float(least), float(most)) for least, most in ends)
     return all(size == 0 or _IN_RANGE[0] <= size <= _IN_RANGE[1] for size in sizes)
+
+
+def add_gram(G: Tensor, A: Tensor) -> None:
+    """``G += AᵀA`` in the upper half of ``G``, strip by strip; `symmetric` makes it whole. Products are in the dtype of ``A``."""
+    N = len(G)
+    step = -(-N // _STRIPS)
+    for start in range(0, N, step):
+        G[: start + step, start : start + step] += A[:, : start + step].T @ A[:, start : start + step]
+
+
+def symmetric(G: Tensor) -> Tensor:
+    """The symmetric matrix with the upper half of ``G``."""
+    return G.triu() + G.triu(1).T
 
 
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
@@ -113,13 +126,11 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
             C = Y.new_zeros(M, N, dtype=torch.float64)
         if not known:
             gram.G = A.new_zeros(N, N, dtype=torch.float64) if gram.G is None else gram.G
-            step = -(-N // _STRIPS)
-            for start in range(0, N, step):  # of a symmetric matrix one half, strip by strip
-                gram.G[: start + step, start : start + step] += A[:, : start + step].T @ A[:, start : start + step]
+            add_gram(gram.G, A)
         C += Y.T @ A
     assert C is not None
     if not known and gram.G is not None:
-        gram.G = gram.G.triu() + gram.G.triu(1).T
+        gram.G = symmetric(gram.G)
     return Moments(gram, C)
 
 

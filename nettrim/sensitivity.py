@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nettrim import layers
 from nettrim.buffers import detach
 from nettrim.calibration import Run, run_batch
+from nettrim.grams import add_gram, symmetric
 from nettrim.passes import evaluation, tensors_in
 from nettrim.tracing import TracedLayer
 
@@ -63,8 +64,13 @@ def _output_metrics(
         if layer.norm is not None:
             scale = layer.norm.scale.to(g)
             g = torch.where(scale != 0, g / torch.where(scale != 0, scale, 1.0), 0.0)
-        part = g.T @ g if g.shape[1] <= _WIDEST else g.square().sum(0)
-        sums[layer.name] = sums[layer.name] + part if layer.name in sums else part
+        M = g.shape[1]
+        if layer.name not in sums:
+            sums[layer.name] = g.new_zeros((M, M) if M <= _WIDEST else M)
+        if M <= _WIDEST:
+            add_gram(sums[layer.name], g)
+        else:
+            sums[layer.name] += g.square().sum(0)
         sizes[layer.name] += size
         rows[layer.name] += count
 
@@ -100,7 +106,8 @@ def _output_metrics(
                 break
             for buffer in model.buffers():
                 detach(buffer)  # else the next batch's graph would begin in this one's
-    return {name: _damped(sums[name].double() / (sizes[name] or 1.0)) for name in sizes}
+    means = {name: found.double() / (sizes[name] or 1.0) for name, found in sums.items()}
+    return {name: _damped(found if found.ndim == 1 else symmetric(found)) for name, found in means.items()}
 
 
 def _damped(S: Tensor) -> Tensor:
