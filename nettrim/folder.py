@@ -85,7 +85,7 @@ def write_page(place: Path, facts: Mapping[str, str]) -> None:
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
-    """Read what :func:`save` wrote, the weights into ``model``.
+    """Read what :func:`save` or :func:`prune_folder` wrote, the weights into ``model``.
 
     Parameters
     ----------
@@ -109,8 +109,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
             raise ArgumentError(f"{place} has no {name}; expected a folder that nettrim.save or 'nettrim prune' wrote")
     report = Report.from_json(place / REPORT)
     masks = load_arrays(place / MASKS)
-    if (place / MODEL).is_file() and not _is_pretrained(model):
-        load_weights(model, place / MODEL)
+    if not _is_pretrained(model):
+        # those of prune_folder have the names that the dense network's had
+        files = [place / MODEL] if (place / MODEL).is_file() else sorted(path for path in place.glob("*.safetensors") if path.name != MASKS)
+        load_weights(model, *files)
     state = model.state_dict()
     for name, mask in masks.items():
         weight = state.get(name)
@@ -123,25 +125,26 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
     return PruneResult(model, masks, report)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Read a safetensors file into a model whose parameters and buffers have the same names, shapes and dtypes.
+def load_weights(model: nn.Module, *paths: Path) -> None:
+    """Read safetensors files into a model whose parameters and buffers have the same names, shapes and dtypes.
 
     Raises
     ------
     ArgumentError
         They differ; the model is unchanged.
     """
-    read, state = load_arrays(path, max_bytes=path.stat().st_size), model.state_dict()
+    read = {name: tensor for path in paths for name, tensor in load_arrays(path, max_bytes=path.stat().st_size).items()}
+    state, where = model.state_dict(), ", ".join(map(str, paths)) or "a folder without weights"
     missing, unknown = sorted(state.keys() - read.keys()), sorted(read.keys() - state.keys())
     given = [state[name] for name in read.keys() & state.keys()]
     missing = [name for name in missing if not any(_same(state[name], other) for other in given)]  # a tied weight may be there once
     if missing or unknown:
         parts = [f"{what} {', '.join(map(repr, names[:3]))}" for what, names in (("it lacks", missing), ("the model has no", unknown)) if names]
-        raise ArgumentError(f"{path} does not fit the {type(model).__name__}: {'; '.join(parts)}; expected the weights of the same architecture")
+        raise ArgumentError(f"{where} does not fit the {type(model).__name__}: {'; '.join(parts)}; expected the weights of the same architecture")
     for name, tensor in read.items():
         if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
             raise ArgumentError(
-                f"{path} holds {name!r} as {tensor.dtype} {tuple(tensor.shape)}, and the model as {state[name].dtype} {tuple(state[name].shape)}; "
+                f"{where} holds {name!r} as {tensor.dtype} {tuple(tensor.shape)}, and the model as {state[name].dtype} {tuple(state[name].shape)}; "
                 "expected the same: a cast would change what was certified"
             )
     model.load_state_dict(read, strict=False)

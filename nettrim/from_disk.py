@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nettrim import folder as folders
-from nettrim import mapped
+from nettrim import layers, mapped
 from nettrim.errors import ArgumentError
 from nettrim.prune import prune_into
 from nettrim.report import Report
@@ -42,8 +43,8 @@ def prune_folder(
     source : path
         A folder with the weights in one ``.safetensors`` file or several.
     out : path
-        Where the pruned folder is to be: a copy of the source with other weights in it, ``report.json`` and ``report.html``. It is there whole or not
-        at all.
+        Where the pruned folder is to be: a copy of the source with other weights in it, and masks and report as :func:`nettrim.save` writes them. It
+        is there whole or not at all.
     calibration : as of :func:`nettrim.prune`
         Of a network of transformers, tensors or mappings of arguments by name; nothing is cached from one call to the next.
     factory : callable, optional
@@ -81,13 +82,28 @@ def prune_folder(
 
         factory = unmade(place)
         options.setdefault("forward_fn", forward)
-    dense = mapped.network(factory, mapped.tensors(place, writable=False))
+    dense = mapped.network(factory, mapped.tensors(place, writable=False, ignore=(folders.MASKS,)))
     with folders.new_folder(out, force=force) as made:
         for path in sorted(place.iterdir()):
             if path.is_file() and path.name not in (folders.MASKS, folders.REPORT, folders.PAGE):
                 shutil.copyfile(path, made / path.name)
         pruned = mapped.network(factory, mapped.tensors(made, writable=True))
         result = prune_into(pruned, dense, calibration, **options)
+        masks = _write_masks(made / folders.MASKS, pruned, {layer.name for layer in result.report.layers})
         result.report.to_json(made / folders.REPORT)
-        result.report.to_html(made / folders.PAGE)
+        result.report.to_html(made / folders.PAGE, masks=masks)
     return result.report
+
+
+def _write_masks(path: Path, pruned: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    """Where the weights of the layers ``names`` are not zero, into a file, one parameter at a time."""
+    weights = {
+        f"{name}.{matrix.part.weight}".lstrip("."): matrix.weight.detach()
+        for name, module in layers.owners(pruned).items()
+        for matrix in layers.matrices_of(module)
+        if matrix.name_in(name) in names
+    }
+    masks = mapped.new_masks(path, {name: weight.shape for name, weight in weights.items()})
+    for name, weight in weights.items():
+        torch.ne(weight, 0, out=masks[name])
+    return masks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
-def tensors(folder: Path, *, writable: bool) -> dict[str, Tensor]:
+def tensors(folder: Path, *, writable: bool, ignore: Collection[str] = ()) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files, by name, none of them read yet.
 
     Parameters
@@ -35,6 +35,8 @@ def tensors(folder: Path, *, writable: bool) -> dict[str, Tensor]:
     folder : Path
     writable : bool
         What is written into them is then written into the files; otherwise they must not be written into.
+    ignore : collection of str
+        Names of files that hold something else.
 
     Raises
     ------
@@ -44,7 +46,7 @@ def tensors(folder: Path, *, writable: bool) -> dict[str, Tensor]:
         One is damaged, or of a dtype that torch lacks.
     """
     found: dict[str, Tensor] = {}
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name not in ignore)
     if not files:
         raise ArgumentError(f"{folder} holds no .safetensors file; expected the weights of a network, in one or several")
     for path in files:
@@ -53,6 +55,21 @@ def tensors(folder: Path, *, writable: bool) -> dict[str, Tensor]:
                 raise ArgumentError(f"{folder} holds {name!r} twice, the second time in {path.name}; expected the files of one network")
             found[name] = tensor
     return found
+
+
+def new_masks(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Write a file of boolean tensors, all False, and map it for writing: the library's own writer wants all of them in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel()
+        header[name] = {"dtype": "BOOL", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return _of_file(path, writable=True)
 
 
 def _of_file(path: Path, writable: bool) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from nettrim import observation
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
-from nettrim.freed import give_back
 from nettrim.layers import copy_of
+from nettrim.memory import give_back
 from nettrim.passes import evaluation
 from nettrim.stages import Block, Part, Stage
 from nettrim.tracing import Trace, TracedLayer

@@ -20,13 +20,13 @@ from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
 from nettrim.errors import RouteError
-from nettrim.freed import give_back
 from nettrim.grams import Gram
 from nettrim.layers import Matrix
 from nettrim.layers.linear import is_linear
+from nettrim.memory import Room, give_back
 from nettrim.observation import HELD_ELEMENTS
 from nettrim.observing import Layer, directions, observe, observed
-from nettrim.replay import Replay, Room
+from nettrim.replay import Replay
 from nettrim.tracing import TracedLayer
 
 

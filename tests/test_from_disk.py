@@ -33,7 +33,8 @@ def written(folder: Path, model: nn.Module, files: int = 2) -> Path:
 def read(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in folder.glob("*.safetensors"):
-        found |= safetensors.torch.load_file(path)
+        if path.name != "masks.safetensors":
+            found |= safetensors.torch.load_file(path)
     return found
 
 
@@ -56,6 +57,25 @@ def test_the_files_are_those_of_the_network_in_memory(tmp_path: Path, dtype: tor
     pruned = decoder().to(dtype)
     pruned.load_state_dict(read(tmp_path / "pruned"))
     assert nettrim.verify(model, pruned, DATA, report, bounds=False).holds
+
+
+def test_the_new_folder_is_one_that_nettrim_wrote(tmp_path: Path) -> None:
+    """With masks: loaded, replaced when that is allowed, and pruned again as any other folder is."""
+    source, out = written(tmp_path / "dense", decoder()), tmp_path / "pruned"
+    prune_folder(source, out, DATA, factory=Decoder, sparsity=0.5)
+    expected = prune(decoder(), DATA, **ASKED)
+    loaded = nettrim.load(out, Decoder())
+    assert same_bits(state_of(loaded.model), state_of(expected.model))
+    assert same_bits(dict(sorted(loaded.masks.items())), dict(sorted(expected.masks.items())))
+    assert "masks.safetensors" in {path.name for path in out.iterdir()}
+    with pytest.raises(ArgumentError, match="may be replaced"):
+        prune_folder(source, out, DATA, factory=Decoder, sparsity=0.6)
+    report = prune_folder(source, out, DATA, factory=Decoder, sparsity=0.6, force=True)
+    assert nettrim.load(out, Decoder()).report == report
+    again = prune_folder(out, tmp_path / "again", DATA, factory=Decoder, sparsity=0.8, preserve_zeros=True)
+    masks = nettrim.load(tmp_path / "again", Decoder()).masks
+    assert again.certificate.holds
+    assert all(not bool((mask & ~first).any()) for mask, first in zip(masks.values(), nettrim.load(out, Decoder()).masks.values(), strict=True))
 
 
 def test_a_folder_of_transformers_with_tied_weights(tmp_path: Path) -> None:
@@ -249,3 +269,13 @@ def test_tensors_are_where_the_format_says(tmp_path: Path) -> None:
     assert same_bits(dict(sorted(found.items())), named)
     mapped.tensors(tmp_path, writable=True)["a"][0, 0] = 9
     assert float(safetensors.torch.load_file(tmp_path / "x.safetensors")["a"][0, 0]) == 9
+
+
+def test_masks_are_a_safetensors_file(tmp_path: Path) -> None:
+    shapes = {"odd": torch.Size((3, 5)), "none": torch.Size((0, 4)), "scalar": torch.Size(())}
+    made = mapped.new_masks(tmp_path / "masks.safetensors", shapes)
+    made["odd"][1, 2] = True
+    found = safetensors.torch.load_file(tmp_path / "masks.safetensors")
+    assert {name: tensor.shape for name, tensor in found.items()} == shapes
+    assert {tensor.dtype for tensor in found.values()} == {torch.bool}
+    assert found["odd"].nonzero().tolist() == [[1, 2]] and not bool(found["scalar"])

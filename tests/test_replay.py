@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import nettrim
 from nettrim import observing, stages
 from nettrim.layers import matrices_of
+from nettrim.memory import Room
 from nettrim.passes import evaluation
-from nettrim.replay import Replay, Room
+from nettrim.replay import Replay
 
 WIDTH = 40
 ASKED: dict[str, Any] = {"sparsity": 0.6, "allocation": "uniform", "holdout": 0.0, "fidelity": "layer"}

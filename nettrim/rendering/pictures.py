@@ -68,7 +68,8 @@ def checked(masks: Mapping[str, Tensor], layers: "tuple[LayerReport, ...]") -> l
                 f"masks: {parameter!r} belongs to no pruned layer of this report; expected the masks of the same run, whose layers are "
                 f"{', '.join(names)}"
             )
-        mask = torch.as_tensor(given).detach().cpu() != 0
+        tensor = torch.as_tensor(given).detach().cpu()
+        mask = tensor if tensor.dtype == torch.bool else tensor != 0
         place = names.index(module if module in names else inside[0])
         layer = layers[place]
         own = layer.name == module and last == "weight"
@@ -104,7 +105,7 @@ def _picture(name: str, mask: Tensor, pixels: int) -> Picture:
         image = image.convert("1")  # an eighth of the size
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
-    says = f"{percent(float(mask.double().mean()))} of {mask.shape[0]} by {mask.shape[1]} weights kept"
+    says = f"{percent(int(mask.count_nonzero()) / max(mask.numel(), 1))} of {mask.shape[0]} by {mask.shape[1]} weights kept"
     for what, axis in (("rows", 1), ("columns", 0)):
         empty = int((~mask.any(axis)).sum())
         says += f"; empty {what}: {empty}" if empty else ""
