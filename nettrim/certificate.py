@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from nettrim.aims import weighed_square
 from nettrim.errors import NetTrimError
-from nettrim.grams import rough_dtype, square_sum
+from nettrim.grams import square_sum
 from nettrim.layers import Matrix
 from nettrim.observing import Layer
+from nettrim.precision import rough_dtype
 from nettrim.report import Certificate, LayerReport
 from nettrim.tracing import Trace, TracedLayer
 

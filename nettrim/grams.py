@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nettrim.precision import working_dtype
+
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
-_WIDE_WORK = 1e6  # N²M below which nothing is gained by products in float32
 _IN_RANGE = (1e-12, 1e12)  # of entries whose products float32 holds
 
 
@@ -84,11 +85,6 @@ class Moments:
         return dataclasses.replace(self, C=self.C[outputs])
 
 
-def working_dtype(M: int, N: int) -> torch.dtype:
-    """What weights (M, N) of float32 are searched for in."""
-    return torch.float64 if N * N * M < _WIDE_WORK else torch.float32
-
-
 def _is_narrow(A: Tensor, Y: Tensor) -> bool:
     """Whether products of the rows may be in float32: then a search sees them so, and they neither overflow nor are rounded to less."""
     if working_dtype(Y.shape[1], A.shape[1]) == torch.float64 or torch.get_float32_matmul_precision() != "highest":
@@ -132,10 +128,3 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     if not known and gram.G is not None:
         gram.G = symmetric(gram.G)
     return Moments(gram, C)
-
-
-def rough_dtype(like: Tensor) -> torch.dtype | None:
-    """What products of float32 matrices are taken in where few digits of them are enough: bfloat16, if the processor has instructions for it."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    rough = like.dtype == torch.float32 and like.device.type == "cpu" and supported is not None and supported()
-    return torch.bfloat16 if rough else None

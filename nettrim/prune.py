@@ -18,6 +18,7 @@ from nettrim import calibration as calibrations
 from nettrim.errors import ArgumentError
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
+from nettrim.precision import without_autocast
 from nettrim.progress import ProgressEvent
 from nettrim.safeguard import Before
 from nettrim.selection import Pattern
@@ -30,6 +31,7 @@ _INTO: ContextVar[nn.Module | None] = ContextVar("into", default=None)
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -184,7 +186,8 @@ def prune(
 
     Notes
     -----
-    After any error the model is as it was. Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; Aghasi, Abdi, Romberg, SIAM J. Math. Data Sci. 2020.
+    After any error the model is as it was. An autocast that the call is made under is left out; of one inside the network's own forward, layers are
+    measured in their weights' dtype, and the output as the network runs. Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; Aghasi, Abdi, Romberg, SIAM J. Math. Data Sci. 2020.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")

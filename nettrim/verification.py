@@ -14,6 +14,7 @@ from nettrim.checking.promises import Asked
 from nettrim.checking.results import BROKEN, Check, Verification
 from nettrim.checking.work import Work
 from nettrim.errors import ArgumentError
+from nettrim.precision import without_autocast
 from nettrim.report import Report
 from nettrim.tracing import trace
 
@@ -21,6 +22,7 @@ __all__ = ["Check", "Verification", "verify"]
 
 
 @torch.inference_mode(False)
+@without_autocast()
 def verify(
     dense_model: nn.Module,
     pruned_model: nn.Module,

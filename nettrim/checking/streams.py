@@ -245,10 +245,15 @@ class LayerPair:
         # copies in float64, made anew for every batch: kept ones would hold the network three times
         exact_dense, exact_pruned = _exact(self.dense.module), _exact(self.pruned.module)
         before, after = self.rows(call), None if seen is None else self.rows(seen)
+        own = self.pruned.weight.dtype
+        if parallel or after is None or source.output.dtype != own:  # as autocast in the network's forward may make it
+            output = self.rows(source, source.through(self.pruned.module, own))
+            after = output if after is not None and not parallel and not self.pruned.kind.feeds_itself else after
+        else:
+            output = after
         whole, other = behind.output(before), None if after is None else behind.output(after)
         found.through += _square(other - whole) if other is not None and whole.shape == other.shape else math.inf
         found.through_square += _square(whole)
-        output = self.rows(source, source.through(self.pruned.module)) if parallel or after is None else after
         V, Z = (self.rows(source, source.through(exact, torch.float64)) for exact in (exact_dense, exact_pruned))
         sums = self.rows(source, source.through(_larger(exact_dense, exact_pruned), torch.float64, absolute=True))
         aim, added = before, np.zeros_like(before)

@@ -21,8 +21,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nettrim.grams import Gram, rough_dtype
+from nettrim.grams import Gram
 from nettrim.patterns import Supports
+from nettrim.precision import rough_dtype
 
 _FIRST_WEIGHT = 0.02  # ρ over the diagonal of G
 _ITERATIONS = 300

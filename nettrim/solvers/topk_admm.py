@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nettrim.grams import working_dtype
 from nettrim.patterns import Supports
+from nettrim.precision import working_dtype
 from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
 from nettrim.solvers.base import History, Solution, judge
