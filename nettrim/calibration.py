@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from nettrim.errors import ArgumentError, CalibrationError, NetTrimError
+from nettrim.surroundings import callers_device
 
 SAMPLES_PER_CHUNK = 1024
 LABEL_NAMES = frozenset({"label", "labels", "target", "targets"})
@@ -306,7 +307,8 @@ def run_batch(model: nn.Module, batch: Any, index: int, run: Run) -> Any:
         With the batch's index and shapes, chained to the model's own exception.
     """
     try:
-        return run(model, batch)
+        with callers_device():
+            return run(model, batch)
     except NetTrimError:
         raise
     except Exception as error:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim.errors import ArgumentError, FormatError, MaskError
+from nettrim.surroundings import left_out
 
 FORMAT = "nettrim-compressed-1"
 _SKIP = 255
@@ -53,6 +54,7 @@ class CompressedSize:
         return f"{self.bytes:,} bytes, {self.dense_bytes / max(1, self.bytes):.1f} times smaller than {self.dense_bytes:,} dense"
 
 
+@left_out()
 def save_compressed(
     model_or_state: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, path: str | os.PathLike[str]
 ) -> CompressedSize:
@@ -115,6 +117,7 @@ def save_compressed(
     return CompressedSize(Path(path).stat().st_size, sum(value.numel() * value.element_size() for key, value in state.items() if key not in same))
 
 
+@left_out()
 def load_compressed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read what :func:`save_compressed` wrote.
 

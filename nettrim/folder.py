@@ -21,11 +21,13 @@ from nettrim.errors import ArgumentError, NetTrimError
 from nettrim.files import load_arrays
 from nettrim.pipeline import PruneResult
 from nettrim.report import Report
+from nettrim.surroundings import left_out
 
 MODEL, MASKS, REPORT, PAGE = "model.safetensors", "masks.safetensors", "report.json", "report.html"
 _METADATA = {"format": "pt"}  # transformers reads no file without it
 
 
+@left_out()
 def save(result: PruneResult, folder: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a pruned network, its masks and its report into a folder.
 
@@ -84,6 +86,7 @@ def write_page(place: Path, facts: Mapping[str, str]) -> None:
     Report.from_json(place / REPORT).to_html(place / PAGE, masks=load_arrays(place / MASKS), facts=facts)
 
 
+@left_out()
 def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
     """Read what :func:`save` or :func:`prune_folder` wrote, the weights into ``model``.
 

@@ -44,6 +44,7 @@ from nettrim.grams import Moments
 from nettrim.patterns import Supports, make_supports
 from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
+from nettrim.surroundings import left_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ class LayerProgram:
     supports: Supports | None = field(init=False, repr=False)
     _rows: Rows = field(init=False, repr=False)
 
+    @left_out()
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)

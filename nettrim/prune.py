@@ -18,11 +18,11 @@ from nettrim import calibration as calibrations
 from nettrim.errors import ArgumentError
 from nettrim.options import Options, check_device
 from nettrim.pipeline import PruneResult, Task
-from nettrim.precision import without_autocast
 from nettrim.progress import ProgressEvent
 from nettrim.safeguard import Before
 from nettrim.selection import Pattern
 from nettrim.sharing import turn
+from nettrim.surroundings import left_out
 from nettrim.surveying import survey
 
 __all__ = ["ProgressEvent", "PruneResult", "prune"]
@@ -31,7 +31,7 @@ _INTO: ContextVar[nn.Module | None] = ContextVar("into", default=None)
 
 
 @torch.inference_mode(False)
-@without_autocast()
+@left_out()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -186,8 +186,9 @@ def prune(
 
     Notes
     -----
-    After any error the model is as it was. An autocast that the call is made under is left out; of one inside the network's own forward, layers are
-    measured in their weights' dtype, and the output as the network runs. Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; Aghasi, Abdi, Romberg, SIAM J. Math. Data Sci. 2020.
+    After any error the model is as it was. An autocast that the call is made under is left out, and the default device is the model's alone;
+    of an autocast inside the network's own forward, layers are measured in their weights' dtype, and the output as the network runs.
+    Aghasi, Abdi, Nguyen, Romberg, NIPS 2017; Aghasi, Abdi, Romberg, SIAM J. Math. Data Sci. 2020.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; expected a torch.nn.Module")

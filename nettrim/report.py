@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from nettrim import reading
 from nettrim.errors import ArgumentError, NetTrimError
 from nettrim.solvers.base import HistoryPoint
+from nettrim.surroundings import left_out
 
 if TYPE_CHECKING:
     import pandas
@@ -244,6 +245,7 @@ class Report:
         columns = [field.name for field in dataclasses.fields(LayerReport) if field.name != "history"]
         return pandas.DataFrame([vars(layer) for layer in self.layers], columns=columns)
 
+    @left_out()
     def to_html(
         self, path: str | os.PathLike[str], *, masks: "Mapping[str, Tensor] | None" = None, facts: Mapping[str, str] | None = None
     ) -> None:
@@ -266,6 +268,7 @@ class Report:
         """
         Path(path).write_text(_rendering().page.render(self, masks or {}, facts or {}), encoding="utf-8")
 
+    @left_out()
     def plot(self, *, masks: "Mapping[str, Tensor] | None" = None) -> "Figure":
         """Return a figure: densities, discrepancies promised, measured and held out, the error through the depth, and gaps.
 

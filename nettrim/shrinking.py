@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nettrim import calibration as calibrations
 from nettrim import capture, layers, passes
 from nettrim.errors import ArgumentError, CalibrationError, NetTrimError
-from nettrim.precision import without_autocast
+from nettrim.surroundings import left_out
 from nettrim.tracing import Trace, TracedLayer, trace
 
 # by the least precise parameter: how far outputs may differ, relative to their norm, when sums are taken in another order
@@ -34,7 +34,7 @@ class _Pair:
 
 
 @torch.inference_mode(False)
-@without_autocast()
+@left_out()
 def shrink(model: nn.Module, sample: Any, *, forward_fn: Callable[[nn.Module, Any], Any] | None = None) -> nn.Module:
     """Make a smaller dense network that computes the same function, by removing the neurons that do nothing.
 

@@ -184,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 def _matrix(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], check: bool = False) -> Tensor:
     layout = torch.sparse_csr if values.dim() == 1 else torch.sparse_bsr
-    return torch.sparse_compressed_tensor(crow, columns, values, shape, layout=layout, check_invariants=check)
+    return torch.sparse_compressed_tensor(crow, columns, values, shape, layout=layout, device=values.device, check_invariants=check)
 
 
 def _check(crow: Any, columns: Any, values: Any, shape: tuple[int, int]) -> None:

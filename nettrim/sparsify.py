@@ -15,6 +15,7 @@ from nettrim import semi_structured
 from nettrim.errors import ArgumentError, NetTrimError
 from nettrim.sparse_linear import LARGEST, SparseLinear
 from nettrim.sparse_report import SparseLayer, SparseReport
+from nettrim.surroundings import left_out
 from nettrim.timing import compare
 
 ROWS = (1, 8, 64)
@@ -26,6 +27,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@left_out()
 def to_sparse(
     model: nn.Module,
     *,
@@ -103,6 +105,7 @@ def to_sparse(
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@left_out()
 def to_dense(model: nn.Module) -> nn.Module:
     """The dense network again: every sparse layer becomes an ``nn.Linear`` with the same weights, bit for bit, its zeros exact.
 

@@ -14,15 +14,15 @@ from nettrim.checking.promises import Asked
 from nettrim.checking.results import BROKEN, Check, Verification
 from nettrim.checking.work import Work
 from nettrim.errors import ArgumentError
-from nettrim.precision import without_autocast
 from nettrim.report import Report
+from nettrim.surroundings import left_out
 from nettrim.tracing import trace
 
 __all__ = ["Check", "Verification", "verify"]
 
 
 @torch.inference_mode(False)
-@without_autocast()
+@left_out()
 def verify(
     dense_model: nn.Module,
     pruned_model: nn.Module,

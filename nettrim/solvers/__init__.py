@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nettrim.errors import ArgumentError, UnsupportedProgramError
-from nettrim.precision import without_autocast
 from nettrim.programs import LayerProgram
 from nettrim.rows import as_rows
 from nettrim.solvers import admm, blocks, cg_admm, cvxpy, gram_admm, osqp, prox_admm, topk_admm
 from nettrim.solvers.base import STATUSES, HistoryPoint, Solution, Solver, judge, threads_for
 from nettrim.solvers.presolve import presolve
+from nettrim.surroundings import left_out
 
 __all__ = ["SOLVERS", "STATUSES", "HistoryPoint", "Solution", "Solver", "check_solver", "solve"]
 
@@ -69,7 +69,7 @@ def _by_convex_program(program: LayerProgram, none: Solution, tol: float, start:
     return judge(program, convex.weights, 0.0, tol=tol, iterations=iterations, seconds=seconds, solver=convex.solver)
 
 
-@without_autocast()
+@left_out()
 def solve(
     program: LayerProgram,
     solver: str = "auto",

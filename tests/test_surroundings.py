@@ -1,5 +1,6 @@
-"""Autocast: the caller's is left out of what is computed; a network's own is part of the network."""
+"""What a call is made under: the caller's autocast and default device are no part of what is computed; a network's own autocast is part of it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,20 @@ class Own(nn.Module):
 
 def samples(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+class Placing(nn.Module):
+    """A network that makes tensors where the caller's default device says."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen: set[str] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(torch.empty(1).device.type)
+        found: Tensor = self.inner(x)
+        return found
 
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -98,3 +113,52 @@ def test_layers_of_other_kinds_too(inner: str) -> None:
     found = nettrim.prune(model, x, sparsity=0.5)
     assert found.report.certificate.holds
     assert nettrim.verify(model, found.model, x, found.report).holds
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_default_device_is_the_models_alone(name: str) -> None:
+    """On meta every tensor made without a device holds nothing: none of ours is; the model's own are where the caller wants them."""
+    model, x = Placing(chain()), samples(400, 40)
+    expected = nettrim.prune(model, x, **ASKED[name])
+    model.seen.clear()
+    with torch.device("meta"):
+        found = nettrim.prune(model, x, **ASKED[name])
+        assert nettrim.verify(model, found.model, x, found.report).holds
+        assert torch.get_default_device().type == "meta"
+    assert model.seen == {"meta"}
+    assert same_bits(state_of(found.model), state_of(expected.model))
+
+
+def test_what_is_done_with_a_pruned_network_is_done_where_it_is(tmp_path: Path) -> None:
+    model, x = chain(), samples(400, 40)
+    found = nettrim.prune(model, x, sparsity=0.9)
+    with torch.device("meta"):
+        nettrim.save(found, tmp_path / "pruned")
+        loaded = nettrim.load(tmp_path / "pruned", chain_on_cpu())
+        sparse = nettrim.to_sparse(found.model)
+        torch.testing.assert_close(sparse(x), found.model(x))
+        assert same_bits(state_of(nettrim.to_dense(sparse)), state_of(found.model))
+        nettrim.save_compressed(found.model, found.masks, tmp_path / "small")
+        small = nettrim.load_compressed(tmp_path / "small")
+        found.report.to_html(tmp_path / "page.html", masks=found.masks)
+    assert same_bits(state_of(loaded.model), state_of(found.model))
+    assert all(torch.equal(small[name], value) for name, value in found.model.state_dict().items())
+
+
+def chain_on_cpu() -> nn.Sequential:
+    with torch.device("cpu"):
+        return chain()
+
+
+@pytest.mark.parametrize(
+    ("asked", "solver"),
+    [({"epsilon": 2.0}, "auto"), ({"epsilon": 2.0}, "cvxpy"), ({"epsilon": 2.0, "consistency": "paper"}, "admm"), ({"regularization": 0.5}, "osqp"),
+     ({"epsilon": 2.0, "penalty": "l0"}, "auto"), ({"epsilon": 2.0, "activation": None}, "gram_admm"), ({"nonzeros": 30}, "auto")],
+)  # fmt: skip
+def test_programs_lie_where_their_rows_do(asked: dict[str, Any], solver: str) -> None:
+    A, W = samples(200, 20).double(), torch.randn(6, 20, generator=torch.Generator().manual_seed(2)).double()
+    Y = (A @ W.T).clamp(min=0)
+    expected = nettrim.solve(nettrim.LayerProgram(A, Y, **asked), solver)
+    with torch.device("meta"):
+        for rows in ((A, Y), (A.numpy(), Y.numpy())):
+            assert torch.equal(nettrim.solve(nettrim.LayerProgram(*rows, **asked), solver).weights, expected.weights)
