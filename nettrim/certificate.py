@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +20,22 @@ from nettrim.report import Certificate, LayerReport
 from nettrim.tracing import Trace, TracedLayer
 
 _AVERAGED = 2**20  # sums from which their roundings to bfloat16 leave less than 1e-5 of a norm over all of them
+_CACHED = 2**18  # of a layer's outputs at a time
 _CHUNK = 2**22  # of an output's elements at a time
 
 
 def stored_discrepancy(matrix: Matrix, layer: Layer) -> float:
     """``‖output − Y‖_F`` of the stored ``matrix``, run on all the layer's rows, against the dense network's output, in float64."""
-    return math.sqrt(sum(_apart(layer, Z, U) for _, U, _, Z in layer.stored(matrix)))
+    return math.sqrt(sum(_apart(layer, Z, U) for rows in layer.stored(matrix) for U, _, Z in _pieces(layer, rows)))
+
+
+def _pieces(layer: Layer, rows: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Of rows of a stored layer ``U``, what is added to it and ``Z`` in float64, so few at a time that what is made of them stays in the cache."""
+    _, U, more, stored = rows
+    step = max(1, _CACHED // U.shape[1])
+    for start in range(0, len(U), step):
+        here = slice(start, start + step)
+        yield U[here], None if more is None else more[here], layer.wide(stored[here])
 
 
 def _apart(layer: Layer, Z: Tensor, U: Tensor) -> float:
@@ -90,15 +100,15 @@ def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], T
     """
     output = apart = left = weighed = 0.0
     sums = _Sums(matrix, layer)
-    for A, U, more, Z in layer.stored(matrix):
-        output += square_sum(layer.output(U))
-        D = distance(Z, U)
-        here = square_sum(D)
-        left += here
-        apart += here if layer.function is None else _apart(layer, Z, U)
-        plain = layer.function is None and more is None and metric is None
-        weighed += here if plain else weighed_square(Z - (U if more is None else U + more), metric)
-        sums.add(A)
+    plain = layer.function is None and metric is None
+    for rows in layer.stored(matrix):
+        for U, more, Z in _pieces(layer, rows):
+            output += square_sum(layer.output(U))
+            here = square_sum(distance(Z, U))
+            left += here
+            apart += here if layer.function is None else _apart(layer, Z, U)
+            weighed += here if plain and more is None else weighed_square(Z - (U if more is None else U + more), metric)
+        sums.add(rows[0])
     left *= layer.lipschitz**2
     return Measured(Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart), weighed)
 

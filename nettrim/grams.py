@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,8 @@ from nettrim.precision import working_dtype
 
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
-_IN_RANGE = (1e-12, 1e12)  # of entries whose products float32 holds
+_IN_RANGE = (1e-12, 1e12)  # of the largest entry, for float32 to hold products
+_HEAVY = 10.0  # times the median size of a row
 
 
 def square_sum(x: Tensor) -> float:
@@ -85,13 +87,32 @@ class Moments:
         return dataclasses.replace(self, C=self.C[outputs])
 
 
-def _is_narrow(A: Tensor, Y: Tensor) -> bool:
-    """Whether products of the rows may be in float32: then a search sees them so, and they neither overflow nor are rounded to less."""
-    if working_dtype(Y.shape[1], A.shape[1]) == torch.float64 or torch.get_float32_matmul_precision() != "highest":
+def _in_range(rows: Tensor) -> bool:
+    """Whether float32 holds the products of the largest entries."""
+    if rows.numel() == 0:
         return False
-    ends = (torch.aminmax(part) for part in (A, Y) if part.numel())
-    sizes = (max(-float(least), float(most)) for least, most in ends)
-    return all(size == 0 or _IN_RANGE[0] <= size <= _IN_RANGE[1] for size in sizes)
+    least, most = torch.aminmax(rows)
+    size = max(-float(least), float(most))
+    return size == 0 or _IN_RANGE[0] <= size <= _IN_RANGE[1]
+
+
+def _parts(A: Tensor, Y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows in the precisions that their products are taken in: float32 where a search sees them so and they lose no more by it.
+
+    They would by overflow, and beside rows many times as large (as the first token's are in language models), which are taken by themselves.
+    """
+    narrow = working_dtype(Y.shape[1], A.shape[1]) == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    if not narrow or A.dtype == torch.float64 or not all(_in_range(part) for part in (A, Y)):
+        yield A.double(), Y.double()
+        return
+    heavy = torch.zeros(len(A), dtype=torch.bool, device=A.device)
+    for size in (torch.linalg.vector_norm(part, dim=1) for part in (A, Y)):
+        heavy |= size > _HEAVY * size.median()
+    if not bool(heavy.any()):
+        yield A, Y
+        return
+    yield A[heavy].double(), Y[heavy].double()
+    yield A[~heavy], Y[~heavy]
 
 
 def add_gram(G: Tensor, A: Tensor) -> None:
@@ -114,10 +135,8 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     """
     known = gram.G is not None
     C = None
-    for A, Y in rows:
+    for A, Y in itertools.chain.from_iterable(_parts(A, Y) for A, Y in rows):
         M, N = Y.shape[1], A.shape[1]
-        if not _is_narrow(A, Y):
-            A, Y = A.double(), Y.double()
         if C is None:
             C = Y.new_zeros(M, N, dtype=torch.float64)
         if not known:

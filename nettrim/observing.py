@@ -132,14 +132,15 @@ class Layer:
         matrix.write_back(W)
 
     def stored(self, matrix: Matrix) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
-        """All rows, chunk by chunk: ``A``, ``U`` and what is added to it, as of `Observation.parts`, and in float64 what the stored weights make of
-        ``A``, (p, M), in the scale of ``U``.
-        """
+        """All rows, chunk by chunk: those of `Observation.parts`, and what the stored weights make of ``A``, (p, M)."""
         known, start = None if self.outputs is None else self.outputs(matrix), 0
         for A, U, more in self.observation.parts():
-            own = matrix.forward_rows(A) if known is None else known[start : start + len(A)]
+            yield A, U, more, matrix.forward_rows(A) if known is None else known[start : start + len(A)]
             start += len(A)
-            yield A, U, more, own.double() if self.norm is None else own.double() * self._scale()
+
+    def wide(self, stored: Tensor) -> Tensor:
+        """What stored weights make, (p, M), in float64 and in the scale of ``U``."""
+        return stored.double() if self.norm is None else stored.double() * self._scale()
 
     def apply(self, W: Tensor, A: Tensor) -> Tensor:
         """``A Wᵀ``, group by group, of folded weights (M, N), in the dtype of both."""

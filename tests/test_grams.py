@@ -38,6 +38,22 @@ def test_moments_are_sums_over_rows(precision: str, scale: float) -> None:
     assert float((found.C - C).norm()) <= 1e-6 * float(C.norm())
 
 
+def test_large_rows_take_no_digits_from_the_others() -> None:
+    """As the first token's in language models are, a thousand times: what the others say is smaller than the rounding of theirs."""
+    generator = torch.Generator().manual_seed(5)
+    A, Y = torch.randn(2000, 150, generator=generator), torch.randn(2000, 80, generator=generator)
+    A[::500] *= 1e4
+    Y[1::500] *= 1e4
+    found = _sums(A, Y)
+    large = torch.zeros(2000, dtype=torch.bool)
+    large[::500] = large[1::500] = True
+    G = A[~large].double().T @ A[~large].double()
+    left = found.G - A[large].double().T @ A[large].double()
+    assert float((left - G).norm()) <= 1e-6 * float(G.norm())
+    C = Y[~large].double().T @ A[~large].double()
+    assert float((found.C - Y[large].double().T @ A[large].double() - C).norm()) <= 1e-6 * float(C.norm())
+
+
 def test_small_programs_have_exact_sums() -> None:
     A, Y = torch.randn(900, 12, generator=torch.Generator().manual_seed(2)), torch.randn(900, 5, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(_sums(A, Y).C, Y.double().T @ A.double(), rtol=1e-12, atol=1e-12)
