@@ -18,6 +18,9 @@ from torch import Tensor
 
 from nettrim.grams import Moments
 
+_CANCELLED = 1e-2  # of its terms: what they are measured to is not all lost
+_ROUNDED = 1e-8  # of ‖Â Ŵᵀ‖²: half of the digits that float64 sums have
+
 
 @dataclass(frozen=True, eq=False)
 class Aim:
@@ -61,21 +64,27 @@ class Aim:
         found[self.columns :] = 0
         return found
 
-    def misfit(self, W: Tensor, apart: float) -> float:
+    def misfit(self, W: Tensor, apart: float) -> float | None:
         """The program's misfit of the weights ``Ŵ`` (M, N), from ``apart = Σ_p d_pᵀ S d_p``, ``D₁ = Â Ŵᵀ − T₁``, as it is measured on the rows.
 
         With ``Δ = Ŵ − W``, ``Â Ŵᵀ − T = r D₁ + (1 − r) Â Δᵀ`` and ``D₁ᵀ Â = Ŵ G − C``, so that it is
 
             ``r² apart + ⟨S (2 r (1 − r) (Ŵ G − C) + (1 − r)² Δ G), Δ⟩``
 
-        and the damping's part. Of a small misfit the sums alone would say no digit: it is a difference of terms as large as ``‖T‖²``.
+        and the damping's part. Of a small misfit the sums alone would say no digit: it is a difference of terms as large as ``‖T‖²``. So are these
+        where they nearly cancel, as where there are fewer rows than inputs: None then, and only the rows say it.
         """
         W = W.to(self.seen.C)
         moved = W - self.dense.to(W)
         found = self.repair**2 * apart
         if self.repair < 1:
-            lean = 1 - self.repair
-            found += self._weighed(2 * self.repair * lean * (W @ self.seen.G - self.seen.C) + lean**2 * (moved @ self.seen.G), moved)
+            lean, V = 1 - self.repair, W @ self.seen.G
+            crossed = 2 * self.repair * lean * self._weighed(V - self.seen.C, moved)
+            own = lean**2 * self._weighed(moved @ self.seen.G, moved)
+            size = found + abs(crossed) + own
+            found += crossed + own
+            if not (found > _CANCELLED * size and found > _ROUNDED * self._weighed(V, W)):
+                return None
         if self.damping > 0:
             found += self._weighed(moved * self._energy, moved)
         return found

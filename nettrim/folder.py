@@ -113,9 +113,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
     report = Report.from_json(place / REPORT)
     masks = load_arrays(place / MASKS)
     if not _is_pretrained(model):
-        # those of prune_folder have the names that the dense network's had
-        files = [place / MODEL] if (place / MODEL).is_file() else sorted(path for path in place.glob("*.safetensors") if path.name != MASKS)
-        load_weights(model, *files)
+        # those of prune_folder have the names that the dense network's had, and the buffers that it had
+        load_weights(model, *sorted(path for path in place.glob("*.safetensors") if path.name != MASKS), buffers=False)
     state = model.state_dict()
     for name, mask in masks.items():
         weight = state.get(name)
@@ -128,8 +127,9 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> PruneResult:
     return PruneResult(model, masks, report)
 
 
-def load_weights(model: nn.Module, *paths: Path) -> None:
-    """Read safetensors files into a model whose parameters and buffers have the same names, shapes and dtypes.
+def load_weights(model: nn.Module, *paths: Path, buffers: bool = True) -> None:
+    """Read safetensors files into a model whose parameters and buffers have the same names, shapes and dtypes; buffers may be missing without
+    ``buffers``.
 
     Raises
     ------
@@ -138,7 +138,8 @@ def load_weights(model: nn.Module, *paths: Path) -> None:
     """
     read = {name: tensor for path in paths for name, tensor in load_arrays(path, max_bytes=path.stat().st_size).items()}
     state, where = model.state_dict(), ", ".join(map(str, paths)) or "a folder without weights"
-    missing, unknown = sorted(state.keys() - read.keys()), sorted(read.keys() - state.keys())
+    needed = state.keys() if buffers else dict(model.named_parameters(remove_duplicate=False)).keys()
+    missing, unknown = sorted(needed - read.keys()), sorted(read.keys() - state.keys())
     given = [state[name] for name in read.keys() & state.keys()]
     missing = [name for name in missing if not any(_same(state[name], other) for other in given)]  # a tied weight may be there once
     if missing or unknown:

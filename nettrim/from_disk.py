@@ -20,6 +20,7 @@ from nettrim.report import Report
 _REFUSED = {
     "inplace": "the pruned weights are written into the new folder",
     "executor": "the blocks are solved one behind the other",
+    "recalibrate_batchnorm": "the statistics are no weights, which alone are written",
     "budget": "it prunes the network several times; give sparsity or epsilon",
 }
 
@@ -52,8 +53,8 @@ def prune_folder(
     force : bool
         Replace ``out``, if it is one that nettrim wrote.
     options : as of :func:`nettrim.prune`
-        But ``inplace``, ``executor``, ``budget`` and ``repair="auto"``; ``fidelity`` is ``"layer"`` and ``allocation`` ``"uniform"``, since what the
-        other ways need are gradients through the whole network.
+        But ``inplace``, ``executor``, ``recalibrate_batchnorm``, ``budget`` and ``repair="auto"``; ``fidelity`` is ``"layer"`` and ``allocation``
+        ``"uniform"``, since what the other ways need are gradients through the whole network.
 
     Returns
     -------

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nettrim.precision import working_dtype
-
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
-_IN_RANGE = (1e-12, 1e12)  # of the largest entry, for float32 to hold products
-_HEAVY = 10.0  # times the median size of a row
 
 
 def square_sum(x: Tensor) -> float:
@@ -87,40 +82,12 @@ class Moments:
         return dataclasses.replace(self, C=self.C[outputs])
 
 
-def _in_range(rows: Tensor) -> bool:
-    """Whether float32 holds the products of the largest entries."""
-    if rows.numel() == 0:
-        return False
-    least, most = torch.aminmax(rows)
-    size = max(-float(least), float(most))
-    return size == 0 or _IN_RANGE[0] <= size <= _IN_RANGE[1]
-
-
-def _parts(A: Tensor, Y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows in the precisions that their products are taken in: float32 where a search sees them so and they lose no more by it.
-
-    They would by overflow, and beside rows many times as large (as the first token's are in language models), which are taken by themselves.
-    """
-    narrow = working_dtype(Y.shape[1], A.shape[1]) == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if not narrow or A.dtype == torch.float64 or not all(_in_range(part) for part in (A, Y)):
-        yield A.double(), Y.double()
-        return
-    heavy = torch.zeros(len(A), dtype=torch.bool, device=A.device)
-    for size in (torch.linalg.vector_norm(part, dim=1) for part in (A, Y)):
-        heavy |= size > _HEAVY * size.median()
-    if not bool(heavy.any()):
-        yield A, Y
-        return
-    yield A[heavy].double(), Y[heavy].double()
-    yield A[~heavy], Y[~heavy]
-
-
 def add_gram(G: Tensor, A: Tensor) -> None:
-    """``G += AᵀA`` in the upper half of ``G``, strip by strip; `symmetric` makes it whole. Products are in the dtype of ``A``."""
+    """``G += AᵀA`` in the upper half of ``G``, strip by strip; `symmetric` makes it whole."""
     N = len(G)
     step = -(-N // _STRIPS)
     for start in range(0, N, step):
-        G[: start + step, start : start + step] += A[:, : start + step].T @ A[:, start : start + step]
+        G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
 
 
 def symmetric(G: Tensor) -> Tensor:
@@ -131,19 +98,18 @@ def symmetric(G: Tensor) -> Tensor:
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet.
 
-    Products of a chunk are as precise as the search that they are for; the sum over the chunks is in float64.
+    In float64: where inputs are nearly collinear, products in float32 leave several times the misfit (docs/sparsity.md, what was tried).
     """
-    known = gram.G is not None
-    C = None
-    for A, Y in itertools.chain.from_iterable(_parts(A, Y) for A, Y in rows):
-        M, N = Y.shape[1], A.shape[1]
+    C, G = None, None
+    for part, targets in rows:
+        A, Y = part.double(), targets.double()
         if C is None:
-            C = Y.new_zeros(M, N, dtype=torch.float64)
-        if not known:
-            gram.G = A.new_zeros(N, N, dtype=torch.float64) if gram.G is None else gram.G
-            add_gram(gram.G, A)
-        C += Y.T @ A
+            C = Y.new_zeros(Y.shape[1], A.shape[1])
+        if gram.G is None:
+            G = A.new_zeros(A.shape[1], A.shape[1]) if G is None else G
+            add_gram(G, A)
+        C.addmm_(Y.T, A)
     assert C is not None
-    if not known and gram.G is not None:
-        gram.G = symmetric(gram.G)
+    if G is not None:
+        gram.G = symmetric(G)
     return Moments(gram, C)

@@ -89,8 +89,8 @@ class LayerProgram:
     l1_weights : float, Tensor or ndarray, (N,) or (M, N), optional
         ``ω ≥ 0`` (1 by default).
     moments : Moments, optional
-        The sums over the rows that a program without a ReLU is about, where they are known already (:mod:`nettrim.grams`); for ``"topk_admm"``, which
-        then leaves the rows alone: a solution's objective and discrepancy are NaN, for who stores it to measure.
+        The sums over the rows that a program without a ReLU is about, where they are known already (:mod:`nettrim.grams`); for ``"topk_admm"``. Of
+        a program with ``nonzeros`` the rows are then left alone: a solution's objective and discrepancy are NaN, for who stores it to measure.
 
     Raises
     ------
@@ -279,6 +279,7 @@ class LayerProgram:
         step = max(1, BLOCK_ELEMENTS // N)
         return (slice(start, start + step) for start in range(0, M, step))
 
+    @left_out()
     def measure(self, W: Tensor) -> Measures:
         """One pass over the rows: misfit, one-sided excess and output discrepancy of W, (M, N).
 
@@ -327,6 +328,7 @@ class LayerProgram:
         """The misfit that the measures of some weights say (see :meth:`misfit`)."""
         return measures.on_support if self.one_sided else measures.on_support + measures.off_support
 
+    @left_out()
     def gradient(self, W: Tensor) -> Tensor:
         """``∂ misfit / ∂W = 2 Dᵀ A``, (M, N) float64 (on Ω alone for the paper's set)."""
         W = W.to(self.device, torch.float64)
@@ -378,6 +380,7 @@ class LayerProgram:
 
     # -- the dual side ---------------------------------------------------------------------------------------------------------
 
+    @left_out()
     def lower_bound(self, theta: Tensor) -> float:
         """Bound on the optimum that a dual point proves, by weak duality.
 

@@ -56,6 +56,7 @@ class PassRecord:
     spread : by what factor rows can differ more than inputs do, of layers whose output is followed
     rows : how many rows there are
     contiguous : whether what a layer was given lies in memory without gaps, and begins where a tensor of its own would
+    cast : what layers put out that is of another dtype than their weights, as under autocast
     """
 
     calls: list[str] = field(default_factory=list)
@@ -66,6 +67,7 @@ class PassRecord:
     spread: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     contiguous: dict[str, bool] = field(default_factory=dict)
+    cast: dict[str, torch.dtype] = field(default_factory=dict)
 
     def way(self, name: str) -> tuple[Step, ...]:
         """The steps that everything the layer put out took, and nothing else happened to it before."""
@@ -170,6 +172,8 @@ class Recorder(TorchDispatchMode):
             self.seen.calls.append(name)
             self.seen.values.append(value)
             kind = self._kinds[name]
+            if isinstance(out, Tensor) and any(parameter.dtype != out.dtype for parameter in module.parameters()):
+                self.seen.cast[name] = out.dtype
             if isinstance(out, Tensor) and kind is not None and kind.observed:
                 part, call = kind.parts(module)[0], layers.Call(args, kwargs, out)
                 self.seen.spread[name] = max(kind.spread(module, part, call), self.seen.spread.get(name, 1.0))

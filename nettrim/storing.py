@@ -122,8 +122,9 @@ def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solutio
     epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
     if discrepancy <= epsilon:
         stored, objective = layer.read(matrix).to(solution.weights), solution.objective
-        if aim is not None:
-            objective = budget.programs[0].value(0.0, aim.misfit(stored, weighed))
+        misfit = None if aim is None else aim.misfit(stored, weighed)
+        if misfit is not None:
+            objective = budget.programs[0].value(0.0, misfit)
         elif math.isnan(objective) or not torch.equal(stored, solution.weights):
             blocks = stored.split(len(stored) // len(budget.programs))
             objective = sum(program.objective(block) for program, block in zip(budget.programs, blocks, strict=True))

@@ -1,4 +1,4 @@
-"""What a call is made under: the caller's autocast and default device are for the caller's own code, and for the model where it is run."""
+"""What a call is made under: the caller's autocast is left out, and the default device is for the model alone, where it is run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CALLERS: ContextVar[torch.device | None] = ContextVar("callers", default=None)
 def left_out() -> Iterator[None]:
     """Compute in the tensors' own dtypes and where they are, whatever autocast and default device the caller has set.
 
-    Nothing is cached by an autocast of the model's own either: as long as the caller's lasts, torch keeps what it made of a weight, and would go on
-    with what the weight was before it was pruned.
+    As long as the caller's autocast lasts, torch keeps what it made of a weight, and would go on with what the weight was before it was pruned: none
+    of that is used here or left behind.
     """
     cached, device = torch.is_autocast_cache_enabled(), torch.get_default_device()
     with ExitStack() as stack:
@@ -32,11 +32,13 @@ def left_out() -> Iterator[None]:
             yield
         finally:
             torch.set_autocast_cache_enabled(cached)
+            torch.clear_autocast_cache()
 
 
 @contextmanager
 def callers_device() -> Iterator[None]:
-    """The caller's default device again, for code of his."""
+    """For code of the caller's: his default device again, and nothing kept of a weight, as an autocast that the model made before may keep it."""
+    torch.clear_autocast_cache()
     device = _CALLERS.get()
     if device is None:
         yield

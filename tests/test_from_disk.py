@@ -179,6 +179,7 @@ def test_a_failure_leaves_nothing_of_the_new_folder(tmp_path: Path) -> None:
         ({"fidelity": "network"}, "gradients"),
         ({"allocation": "auto"}, "gradients"),
         ({"inplace": True}, "new folder"),
+        ({"recalibrate_batchnorm": True}, "no weights"),
         ({"budget": 0.1}, "several times"),
         ({"repair": "auto"}, "several times"),
     ],
@@ -269,6 +270,20 @@ def test_tensors_are_where_the_format_says(tmp_path: Path) -> None:
     assert same_bits(dict(sorted(found.items())), named)
     mapped.tensors(tmp_path, writable=True)["a"][0, 0] = 9
     assert float(safetensors.torch.load_file(tmp_path / "x.safetensors")["a"][0, 0]) == 9
+
+
+@pytest.mark.parametrize("names", (("model.safetensors", "more.safetensors"), ("model.safetensors",)))
+def test_folders_of_several_files_and_of_files_without_buffers_are_loaded(tmp_path: Path, names: tuple[str, ...]) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4)).eval()
+
+    state = [(name, value) for name, value in made().state_dict().items() if "num_batches" not in name]
+    (tmp_path / "dense").mkdir()
+    for index, name in enumerate(names):
+        safetensors.torch.save_file(dict(state[index :: len(names)]), tmp_path / "dense" / name)
+    report = prune_folder(tmp_path / "dense", tmp_path / "pruned", torch.randn(60, 12), factory=made, sparsity=0.5)
+    assert nettrim.load(tmp_path / "pruned", made()).report == report
 
 
 def test_masks_are_a_safetensors_file(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """Sums over rows: as precise as they say."""
 
-import math
-
 import pytest
 import torch
+from torch import nn
 
+import nettrim
 from nettrim.aims import Aim, weighed_square
 from nettrim.grams import Gram, Moments, moments, square_sum
 
@@ -33,9 +33,9 @@ def test_moments_are_sums_over_rows(precision: str, scale: float) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     G, C = A.double().T @ A.double(), Y.double().T @ A.double()
-    torch.testing.assert_close(found.G, G, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(found.G, G, rtol=1e-12, atol=0.0)
     assert torch.equal(found.G, found.G.T)
-    assert float((found.C - C).norm()) <= 1e-6 * float(C.norm())
+    assert float((found.C - C).norm()) <= 1e-12 * float(C.norm())
 
 
 def test_large_rows_take_no_digits_from_the_others() -> None:
@@ -49,14 +49,9 @@ def test_large_rows_take_no_digits_from_the_others() -> None:
     large[::500] = large[1::500] = True
     G = A[~large].double().T @ A[~large].double()
     left = found.G - A[large].double().T @ A[large].double()
-    assert float((left - G).norm()) <= 1e-6 * float(G.norm())
+    assert float((left - G).norm()) <= 1e-8 * float(G.norm())
     C = Y[~large].double().T @ A[~large].double()
-    assert float((found.C - Y[large].double().T @ A[large].double() - C).norm()) <= 1e-6 * float(C.norm())
-
-
-def test_small_programs_have_exact_sums() -> None:
-    A, Y = torch.randn(900, 12, generator=torch.Generator().manual_seed(2)), torch.randn(900, 5, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(_sums(A, Y).C, Y.double().T @ A.double(), rtol=1e-12, atol=1e-12)
+    assert float((found.C - Y[large].double().T @ A[large].double() - C).norm()) <= 1e-8 * float(C.norm())
 
 
 @pytest.mark.parametrize("repair", (1.0, 0.5, 0.0))
@@ -64,7 +59,7 @@ def test_small_programs_have_exact_sums() -> None:
 @pytest.mark.parametrize("metric", ("none", "diagonal", "whole"))
 @pytest.mark.parametrize("moved", (1.0, 1e-2, 1e-4))
 def test_misfit_is_that_of_the_rows(repair: float, damping: float, metric: str, moved: float) -> None:
-    """Also where it is 1e-9 of the targets, of which float32 sums know seven digits; where targets lean, to the rounding of the targets."""
+    """Also where it is 1e-9 of the targets; where these lean, and sums don't know it, it is not said."""
     generator = torch.Generator().manual_seed(4)
     inputs, dense = torch.rand(2000, 120, generator=generator), torch.randn(90, 121, generator=generator)
     A = torch.cat([inputs, torch.ones(2000, 1)], 1)
@@ -77,6 +72,20 @@ def test_misfit_is_that_of_the_rows(repair: float, damping: float, metric: str, 
     added = (damping * A[:, :120].double().square().sum(0)).sqrt()[:, None] * (W - dense).T[:120].double()
     exact = sum(float(((part if S is None else part * S if S.ndim == 1 else part @ S.double()) * part).sum()) for part in (lean, added))
     aim = Aim(_sums(A, T), dense, repair, damping, 120, S)
-    stretch = 1.0 if S is None else math.sqrt(float(torch.linalg.matrix_norm(S, 2) if S.ndim == 2 else S.max()))
-    rounding = 2**-24 * math.sqrt(exact) * float(T.norm()) * stretch
-    assert aim.misfit(W, weighed_square(D, S)) == pytest.approx(exact, rel=1e-5, abs=rounding if repair < 1 else 0.0)
+    aim = Aim(_sums(A, T), dense, repair, damping, 120, S)
+    found = aim.misfit(W, weighed_square(D, S))
+    assert found is None or found == pytest.approx(exact, rel=1e-5)
+    assert found is not None or (repair < 1 and moved < 1e-2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_program_that_can_nearly_be_met_is_measured_on_its_rows(seed: int, dtype: torch.dtype) -> None:
+    """With fewer rows than inputs what is left is a difference of terms many times as large, and was stated below 0."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).to(dtype)
+    x = torch.randn(20, 40, dtype=dtype)
+    for asked in ({"repair": 0.25}, {"repair": 0.0, "pattern": "block:2x2"}, {"repair": 0.5, "damping": 0.1}):
+        found = nettrim.prune(model, x, sparsity=0.5, **asked)
+        assert all(layer.objective >= 0 for layer in found.report.layers)
+        assert nettrim.verify(model, found.model, x, found.report).holds

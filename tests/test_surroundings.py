@@ -104,6 +104,37 @@ def test_a_network_with_its_own_is_certified_and_verified(name: str) -> None:
     assert nettrim.verify(model, found.model, x, found.report).holds
 
 
+class Decorated(nn.Sequential):
+    """An autocast that was made before the caller's, and would turn its cache on again."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_an_autocast_made_beforehand_hides_nothing_either(name: str) -> None:
+    model, x = Decorated(*chain()), samples(400, 40)
+    expected = nettrim.prune(model, x, **ASKED[name])
+    assert expected.report.certificate.holds
+    assert expected.report.certificate.guaranteed is None and "bfloat16" in expected.report.certificate.explanation
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        found = nettrim.prune(model, x, **ASKED[name])
+        assert nettrim.verify(model, found.model, x, found.report).holds
+    assert found.report.certificate == expected.report.certificate
+
+
+def test_nothing_that_was_kept_of_the_weights_is_left_behind() -> None:
+    model, x = chain(), samples(400, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        nettrim.prune(model, x, sparsity=0.9, inplace=True)
+        after = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), after) and not torch.equal(before, after)
+
+
 @pytest.mark.parametrize("inner", ("convolution", "gru"))
 def test_layers_of_other_kinds_too(inner: str) -> None:
     torch.manual_seed(3)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import nettrim
 from nettrim import ArgumentError, LayerProgram, UnsupportedProgramError
+from nettrim.grams import Gram, moments
 from nettrim.patterns import UNSTRUCTURED, Supports
 from nettrim.solvers import support
 from nettrim.solvers.support import Quadratic, normalised, refit, search
@@ -304,3 +305,23 @@ def test_where_float32_finds_no_eigenvalues_float64_does(monkeypatch):
     values, vectors = quadratic.inputs
     assert values.dtype == vectors.dtype == torch.float32
     torch.testing.assert_close((vectors * values) @ vectors.T, quadratic.G.float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("epsilon", "status"), ((1.0, "infeasible"), (40.0, "feasible")))
+def test_a_budget_is_judged_on_the_rows_though_their_sums_are_known(epsilon: float, status: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(200, 20, generator=generator)
+    Y = A @ torch.randn(6, 20, generator=generator).T + torch.randn(200, 6, generator=generator)
+    asked = {"epsilon": epsilon, "penalty": "l0", "activation": None}
+    found, plain = (nettrim.solve(LayerProgram(A, Y, moments=known, **asked)) for known in (moments(Gram(), [(A, Y)]), None))
+    assert found.status == plain.status == status
+    assert found.objective == plain.objective
+
+
+def test_weights_of_a_program_that_came_with_its_sums_are_left_to_who_stores_them() -> None:
+    A = torch.randn(200, 20, generator=torch.Generator().manual_seed(0))
+    Y = A @ torch.randn(6, 20, generator=torch.Generator().manual_seed(1)).T
+    found = nettrim.solve(LayerProgram(A, Y, nonzeros=30, activation=None, moments=moments(Gram(), [(A, Y)])))
+    plain = nettrim.solve(LayerProgram(A, Y, nonzeros=30, activation=None))
+    assert math.isnan(found.objective) and found.status == "feasible"
+    torch.testing.assert_close(found.weights, plain.weights)

@@ -88,7 +88,8 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
         W = _fewest(problem, supports, start, max_iter)
     spent = (problem.iterations, time.perf_counter() - began)
     W = W.to(program.dtype)
-    measures = None if program.moments is None else Measures(math.nan, 0.0, math.nan)
+    unmeasured = program.moments is not None and program.nonzeros is not None and not program.relu
+    measures = Measures(math.nan, 0.0, math.nan) if unmeasured else None
     found = judge(program, W, 0.0, tol=tol, iterations=spent[0], seconds=spent[1], solver=NAME, measures=measures, history=problem.history)
     if measures is None or found.violation > 0 or not bool(W.isfinite().all()):
         return found
