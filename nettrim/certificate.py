@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nettrim.aims import weighed_square
+from nettrim.aims import Aim, weighed_square
 from nettrim.errors import NetTrimError
 from nettrim.grams import square_sum
 from nettrim.layers import Matrix
@@ -85,29 +85,30 @@ def make_promise(matrix: Matrix, layer: Layer, epsilon: float, inflation: float 
 
 
 class Measured(NamedTuple):
-    """What stored weights leave: as a promise, ``√F``, of the output, and ``Σ_p d_pᵀ S d_p`` of the sum that the output is a part of."""
+    """What stored weights leave: as a promise, ``√F``, of the output, and for an aim ``Σ_p d_pᵀ S d_p`` of the sum that the output is a part of."""
 
     promise: Promise
     discrepancy: float
     weighed: float
 
 
-def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], Tensor], metric: Tensor | None) -> Measured:
+def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], Tensor], aim: Aim | None) -> Measured:
     """One pass over the rows of a stored layer; its ``discrepancy`` is `stored_discrepancy`.
 
     ``distance(Z, U)`` is the residual that ``F`` sums the squares of, for pre-activations as the stored layer computes them. Entry by entry it is no
-    smaller than the discrepancy of their outputs. ``metric``, (M, M) or (M,), is S; without one it is the identity.
+    smaller than the discrepancy of their outputs. Without an ``aim`` nothing is ``weighed``.
     """
     output = apart = left = weighed = 0.0
     sums = _Sums(matrix, layer)
-    plain = layer.function is None and metric is None
     for rows in layer.stored(matrix):
         for U, more, Z in _pieces(layer, rows):
             output += square_sum(layer.output(U))
             here = square_sum(distance(Z, U))
             left += here
             apart += here if layer.function is None else _apart(layer, Z, U)
-            weighed += here if plain and more is None else weighed_square(Z - (U if more is None else U + more), metric)
+            if aim is not None:
+                plain = layer.function is None and aim.metric is None and more is None  # the same residual
+                weighed += here if plain else weighed_square(Z - (U if more is None else U + more), aim.metric)
         sums.add(rows[0])
     left *= layer.lipschitz**2
     return Measured(Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart), weighed)

@@ -118,7 +118,7 @@ def _store_as_is(matrix: Matrix, layer: Layer, budget: Budget, solution: Solutio
     except ArgumentError as error:
         return Stored(_unstored(solution), math.inf, math.nan, str(error))
     aim = budget.aim if layer.drawn is None else None  # else it is about the rows drawn
-    promise, discrepancy, weighed = measure(matrix, layer, partial(distance, layer), None if aim is None else aim.metric)
+    promise, discrepancy, weighed = measure(matrix, layer, partial(distance, layer), aim)
     epsilon = promise.epsilon + rounding(matrix, promise.rows, promise.output_norm, promise.sums_norm)
     if discrepancy <= epsilon:
         stored, objective = layer.read(matrix).to(solution.weights), solution.objective

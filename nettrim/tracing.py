@@ -329,7 +329,8 @@ def _not_chain_reason(traced: tuple[TracedLayer, ...], runs: list[PassRecord]) -
             return f"layer {repeated[0]!r} runs more than once in a forward pass"
         if run.calls != order:
             return f"calibration batch {index} does not run all layers in the same order as the others"
-        for name, dtype in run.cast.items():
+        if run.cast:
+            name, dtype = next(iter(run.cast.items()))
             return f"layer {name!r} puts out {dtype}, which its weights are not, and what that rounds is in no promise"
     several = [layer.module_name for layer in traced if not layer.matrix.kind.observed]
     if several:

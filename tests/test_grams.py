@@ -72,7 +72,6 @@ def test_misfit_is_that_of_the_rows(repair: float, damping: float, metric: str, 
     added = (damping * A[:, :120].double().square().sum(0)).sqrt()[:, None] * (W - dense).T[:120].double()
     exact = sum(float(((part if S is None else part * S if S.ndim == 1 else part @ S.double()) * part).sum()) for part in (lean, added))
     aim = Aim(_sums(A, T), dense, repair, damping, 120, S)
-    aim = Aim(_sums(A, T), dense, repair, damping, 120, S)
     found = aim.misfit(W, weighed_square(D, S))
     assert found is None or found == pytest.approx(exact, rel=1e-5)
     assert found is not None or (repair < 1 and moved < 1e-2)
