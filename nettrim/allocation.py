@@ -23,7 +23,8 @@ from nettrim.observing import observe
 from nettrim.options import Options
 from nettrim.patterns import UNSTRUCTURED, make_supports
 from nettrim.solvers.base import threads_for
-from nettrim.solvers.support import normalised, refit, search
+from nettrim.solvers.refits import refit
+from nettrim.solvers.support import normalised, search
 from nettrim.tracing import TracedLayer
 
 _DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)

@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import nettrim
 from nettrim import ArgumentError, LayerProgram, UnsupportedProgramError
 from nettrim.grams import Gram, moments
 from nettrim.patterns import UNSTRUCTURED, Supports
 from nettrim.solvers import support
-from nettrim.solvers.support import Quadratic, normalised, refit, search
+from nettrim.solvers.refits import refit
+from nettrim.solvers.support import normalised, search
 
 
 def layer(P: int = 80, N: int = 8, M: int = 3, seed: int = 0, noise: float = 0.3, relu: bool = False):
@@ -71,36 +70,6 @@ def test_a_planted_support_is_found(relu):
     solution = nettrim.solve(program, initial=W + 0.1 * torch.randn(6, 20, generator=generator, dtype=torch.float64))
     assert torch.equal(solution.weights != 0, W != 0)
     assert solution.discrepancy <= (1e-2 if relu else 1e-9) * float(Y.norm())
-
-
-@given(seed=st.integers(0, 200), share=st.floats(0.05, 0.95))
-@settings(deadline=None, max_examples=25)
-def test_a_refit_meets_the_normal_equations_on_its_support(seed, share):
-    A, Y, _ = layer(N=10, M=4, seed=seed)
-    norms = A.norm(dim=0)
-    G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
-    problem = Quadratic(G, None, torch.float64)
-    mask = torch.rand(4, 10, generator=torch.Generator().manual_seed(seed)) < share
-    fit = refit(problem, C, mask, costs=True)
-    assert not bool(fit.W[~mask].any())
-    assert float((fit.W @ G - C)[mask].abs().max() if bool(mask.any()) else 0) <= 1e-7 * float(C.abs().max())
-    assert fit.value == pytest.approx(float((fit.W * (0.5 * fit.W @ G - C)).sum()))
-    # the cost of a removal is what the misfit rises by
-    for m, j in torch.nonzero(mask)[:4].tolist():
-        without = mask.clone()
-        without[m, j] = False
-        assert refit(problem, C, without).value - fit.value == pytest.approx(float(fit.cost[m, j]), rel=1e-5, abs=1e-9)
-
-
-def test_conjugate_gradients_refit_as_factors_do(monkeypatch):
-    A, Y, _ = layer(N=12, M=5, seed=3)
-    norms = A.norm(dim=0)
-    G, C = (A / norms).T @ (A / norms), Y.T @ A / norms
-    problem = Quadratic(G, None, torch.float64)
-    mask = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)) < 0.5
-    exact = refit(problem, C, mask)
-    monkeypatch.setattr("nettrim.solvers.support._CHOLESKY_WORK", 0.0)
-    torch.testing.assert_close(refit(problem, C, mask).W, exact.W, rtol=1e-6, atol=1e-6 * float(exact.W.abs().max()))
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "block:2x4", "block:1x8"])

@@ -1,14 +1,12 @@
-"""Which weights to keep: the support search behind programs with a number of nonzeros, in Gram space.
+"""Which weights to keep: the support search of programs with a number of nonzeros, in Gram space.
 
     min ½⟨S W G, W⟩ − ⟨S C, W⟩   s.t.  the support of W is one that the pattern allows
 
 (``G = AᵀA``, ``C = YᵀA``; ``S`` (M, M) weighs errors of the outputs: up to a constant this is half of ``Σ_p d_pᵀ S d_p``, ``d = A Wᵀ − Y``).
-Two steps:
-
-1. :func:`search`: alternating directions with the split ``B = W`` (weight ρ, scaled multipliers ``E``), where ``B`` is the nearest matrix with an
-   allowed support and ρ grows until the support stands still (the scheme of ALPS, Meng et al., NeurIPS 2024, Algorithm 1, here with a metric ``S``,
-   columns of equal norm, over-relaxation, and slower: what the support loses by haste no refit brings back).
-2. :func:`refit`: the least squares on that support.
+Alternating directions with the split ``B = W`` (weight ρ, scaled multipliers ``E``), where ``B`` is the nearest matrix with an allowed support and ρ
+grows until the support stands still (the scheme of ALPS, Meng et al., NeurIPS 2024, Algorithm 1, here with a metric ``S``, columns of equal norm,
+over-relaxation, and slower: what the support loses by haste no refit brings back). The least squares on the support are then another step
+(:mod:`nettrim.solvers.refits`).
 
 Everything here is in rows and columns of unit norm (``S_mm = G_jj = 1``); weights that the pattern does not count are kept always.
 """
@@ -31,11 +29,7 @@ _GROWTH = ((0.05, 1.1), (0.005, 1.06), (0.0, 1.04))  # of ρ an iteration, where
 _RELAXATION = 1.7  # of sparse supports; at mild sparsities it leads astray (all-MiniLM at 50 % and 2:4: a misfit larger by 1 %)
 _SPARSE = 0.2  # share of the weights up to which
 _STILL = 5  # iterations without a change after which the support stands
-_BATCH_ELEMENTS = 20_000_000
-_CG_STEPS = 100
-_CHOLESKY_WORK = 1e8  # flops of exact refits from which conjugate gradients do
-_SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
-_SETTLED = {torch.float32: 3e-4, torch.float64: 1e-10}  # of the gradient, relative to that of no weights
+ROUNDED = {torch.float32: 1e-6, torch.float64: 1e-10}  # relative: what is smaller than so much of the largest is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +68,12 @@ class Quadratic:
         """``½⟨S W G, W⟩ − ⟨S C, W⟩``."""
         return float((self.weigh(W) * (0.5 * (W @ self.G) - C)).sum())
 
+    def excess(self, R: Tensor) -> float:
+        """What weights of the residual ``R = C − W G`` (M, N) are over the least value of all: ``½⟨S R, R G⁺⟩``."""
+        lam, Q = self.inputs
+        RQ = R.to(Q) @ Q
+        return 0.5 * float((self.weigh(RQ) * RQ / lam.where(lam > ROUNDED[Q.dtype] * lam[-1], torch.inf)).sum())
+
 
 def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype, shared: Gram | None = None) -> tuple[Quadratic, Tensor, Tensor]:
     """``G`` (N, N) and the metric ``S``, (M, M) or its diagonal (M,), in rows and columns of unit norm; with the norms, (N,) and (M, 1).
@@ -94,20 +94,6 @@ def _eigen(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError:  # LAPACK in float32, on many inputs that are always 0 and some that are nearly the same: float64 converges
         values, vectors = (part.to(dtype) for part in torch.linalg.eigh(matrix.double()))
     return values.clamp(min=0), vectors
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A support (M, N), its least squares (M, N) float64, and their value, up to the constant half of what ``W = 0`` leaves.
-
-    ``cost`` (M, N), where it was asked for: by how much the value rises when one weight of the support is removed, ``w_i² / 2[G_SS⁻¹]_ii`` (from the
-    optimality of the refit).
-    """
-
-    mask: Tensor
-    W: Tensor
-    value: float
-    cost: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +127,7 @@ class _Bases:
 
 
 def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 1 from the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle, and the weights they have there.
+    """From the weights ``start`` (M, N): the support (M, N) on which the alternating directions settle, and the weights they have there.
 
     In the basis of the eigenvectors of ``G`` the first step is one division; with ``P = (B − E) Q``, and without a metric (σ = 1),
 
@@ -192,83 +178,3 @@ def search(problem: Quadratic, C: Tensor, supports: Supports, start: Tensor) -> 
         rho *= growth
         E /= growth
     return mask, B
-
-
-def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = None, *, costs: bool = False) -> Fit:
-    """Step 2: ``argmin ½⟨S W G, W⟩ − ⟨S C, W⟩`` on a support.
-
-    Without a metric by Cholesky factors of every neuron's own Gram matrix; where those would cost too much, and with a metric, which couples the
-    neurons, by conjugate gradients from ``start``.
-    """
-    counts = mask.sum(1)
-    if bool(mask.all()):  # W G = C for all neurons at once, whatever weighs their errors
-        factor = _factor(problem.G.clone())
-        W = torch.cholesky_solve(C.T, factor).T
-        exact = torch.cholesky_inverse(factor).diagonal() if costs and problem.S is None else 1.0
-        return Fit(mask, W, problem.value(W, C), 0.5 * W.square() / exact if costs else None)
-    W, cost = torch.zeros_like(C), torch.zeros_like(C) if costs else None
-    if problem.S is not None or float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
-        W = _conjugate_gradients(problem, C, mask, W if start is None else start)
-        cost = 0.5 * W.square() if costs else None  # [G_SS⁻¹]_ii ≥ 1 / G_ii = 1: the most that removal can cost
-    else:
-        for rows in counts.argsort().split(max(1, _BATCH_ELEMENTS // max(int(counts.max()), 1) ** 2)):
-            W[rows], part = _batch(problem.G, C[rows], mask[rows], costs)
-            if cost is not None and part is not None:
-                cost[rows] = part
-    return Fit(mask, W, problem.value(W, C), cost)
-
-
-def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor) -> Tensor:
-    """Conjugate gradients on ``S W G`` over the weights of the mask, all neurons at once, in the dtype of the search."""
-    G = problem.G.to(problem.dtype)
-    S = None if problem.S is None else problem.S.to(problem.dtype)
-
-    def gradient(X: Tensor) -> Tensor:
-        return torch.where(mask, X if S is None else S @ X, 0.0)
-
-    C, W = C.to(problem.dtype), torch.where(mask, start.to(problem.dtype), 0.0)
-    residual = gradient(C - W @ G)
-    direction, square = residual, float(residual.square().sum())
-    enough = _SETTLED[problem.dtype] ** 2 * float(gradient(C).square().sum())
-    for _ in range(_CG_STEPS):
-        if square <= enough:
-            break
-        image = gradient(direction @ G)
-        curvature = float((direction * image).sum())
-        if curvature <= 0:
-            break
-        W = W + square / curvature * direction
-        residual = residual - square / curvature * image
-        last, square = square, float(residual.square().sum())
-        direction = residual + square / last * direction
-    return W.double()
-
-
-def _batch(G: Tensor, C: Tensor, mask: Tensor, costs: bool) -> tuple[Tensor, Tensor | None]:
-    """Least squares and removal costs of a few neurons, their supports padded to the largest."""
-    width = max(int(mask.sum(1).max()), 1)
-    index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    valid = mask.gather(1, index)
-    grams = G[index.unsqueeze(2), index.unsqueeze(1)]
-    grams *= valid.unsqueeze(2) & valid.unsqueeze(1)
-    diagonal = grams.diagonal(dim1=1, dim2=2)
-    diagonal.copy_(torch.where(valid, diagonal, 1.0))
-    factor = _factor(grams)
-    right = torch.where(valid, C.gather(1, index), 0.0)
-    solution = torch.cholesky_solve(right.unsqueeze(2), factor).squeeze(2)
-    W = torch.zeros_like(C).scatter_(1, index, torch.where(valid, solution, 0.0))
-    if not costs:
-        return W, None
-    inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
-    return W, torch.zeros_like(C).scatter_(1, index, torch.where(valid, 0.5 * solution.square() / inverse, 0.0))
-
-
-def _factor(grams: Tensor) -> Tensor:
-    """Cholesky factors of Gram matrices (.., n, n) of unit diagonal, which are overwritten; with what it takes on their diagonals to be definite."""
-    shift = _SINGULAR
-    while True:
-        grams.diagonal(dim1=-2, dim2=-1).add_(shift)
-        factor, failed = torch.linalg.cholesky_ex(grams)
-        if not bool(failed.any()):
-            return factor
-        shift *= 10

@@ -28,7 +28,8 @@ from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
 from nettrim.solvers.base import History, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
-from nettrim.solvers.support import Fit, Quadratic, normalised, refit, search
+from nettrim.solvers.refits import Fit, refit
+from nettrim.solvers.support import Quadratic, normalised, search
 
 NAME = "topk_admm"
 _SEARCHES = 2  # before a ReLU
