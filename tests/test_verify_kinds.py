@@ -97,6 +97,29 @@ def test_what_is_not_proven_is_named_and_all_else_holds(name: str, options: dict
         assert {check.subject for check in found.unproven} == inner
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"sparsity": 0.02, "mode": "parallel", "max_rows": 15},
+        {"sparsity": 0.0, "repair": 0.5, "max_rows": 15},
+        {"sparsity": 0.9, "pattern": "block:2x2"},
+    ),
+    ids=str,
+)
+def test_rounding_of_a_sample_far_larger_than_the_others_breaks_nothing(options: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = normalised(
+        nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU6(), nn.Flatten(),
+        nn.Linear(128, 8),
+    ).to(dtype)  # fmt: skip
+    x = samples(40, 4, 6, 6).to(dtype)
+    x[0] *= 100
+    result = nettrim.prune(model.eval(), x, **options)
+    broken = [check for check in nettrim.verify(model, result.model, x, result.report).checks if check.outcome == "broken"]
+    assert not broken
+
+
 @pytest.mark.parametrize("name", ("convolutions", "transposed", "images", "activations", "normalised"))
 @pytest.mark.parametrize("options", (GOALS[0], GOALS[3]), ids=str)
 @pytest.mark.parametrize("place", (0, -1))

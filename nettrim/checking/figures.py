@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nettrim.checking.bound import Bound
-from nettrim.checking.promises import EPS, Asked, Budget, of_norm, size_of
+from nettrim.checking.promises import EPS, Asked, Budget, Size, of_norm, size_of
 from nettrim.checking.results import Check, compare, decide
 from nettrim.checking.streams import LayerPair, numbers
 from nettrim.layers import Matrix
@@ -68,22 +68,22 @@ def promise(layer: LayerReport, pair: LayerPair, asked: Asked, budget: Budget) -
     yield compare(name, "rows", layer.rows, found.entries // max(pair.pruned.shape[0], 1))
     target = math.sqrt(found.target_square)
     if asked.counts:
-        slack = of_norm(pair.behind.lipschitz * math.sqrt(found.on + found.off), size.noise, size.entries) + 1e-3 * size.noise
+        slack = of_norm(pair.behind.lipschitz * math.sqrt(found.on + found.off), size.noise, size) + 1e-3 * size.noise
         note = "what the stored weights leave, and what rounding may add"
     elif budget.inflation is not None:
         base = math.sqrt(found.dense_on + found.dense_off)
         stretch = max(1.0, math.sqrt(budget.inflation))
-        slack, note = stretch * of_norm(base, size.noise, size.entries), "what the dense weights leave, times √γ"
+        slack, note = stretch * of_norm(base, size.noise, size), "what the dense weights leave, times √γ"
     else:
-        slack, note = budget.promise / target * of_norm(target, size.noise, size.entries) if target else 0.0, "the share asked for of ‖Y‖"
+        slack, note = budget.promise / target * of_norm(target, size.noise, size) if target else 0.0, "the share asked for of ‖Y‖"
     yield compare(name, "epsilon", layer.epsilon, budget.promise, slack, note)
     difference = math.sqrt(found.difference)
-    slack = of_norm(difference, size.noise, size.entries)
+    slack = of_norm(difference, size.noise, size)
     yield compare(name, "discrepancy", layer.discrepancy, difference, slack, "the stored layer, run again")
     relative = difference / target if target > 0 else 0.0 if difference == 0 else math.inf
     yield compare(name, "relative_discrepancy", layer.relative_discrepancy, relative, 2 * slack / target if target > 0 else 0.0)
     if layer.accumulated is not None:
-        yield compare(name, "accumulated", layer.accumulated, *_relative(found.through, found.through_square, size.noise, size.entries))
+        yield compare(name, "accumulated", layer.accumulated, *_relative(found.through, found.through_square, size))
     kept = difference <= layer.epsilon + slack and layer.discrepancy <= layer.epsilon
     yield decide(name, "promise kept", kept, layer.epsilon, difference, f"to {slack:.3g}, what rounding may move it by")
 
@@ -94,15 +94,15 @@ def held_out(layer: LayerReport, pair: LayerPair | None) -> Check:
     if pair is None or layer.holdout is None:
         return decide(name, "holdout", (pair is None) == (layer.holdout is None), layer.holdout, None)
     found, size = pair.measured, size_of(pair)
-    return compare(name, "holdout", layer.holdout, *_relative(found.difference, found.target_square, size.noise, size.entries))
+    return compare(name, "holdout", layer.holdout, *_relative(found.difference, found.target_square, size))
 
 
-def _relative(difference: float, square: float, noise: float, entries: int) -> tuple[float, float]:
+def _relative(difference: float, square: float, size: Size) -> tuple[float, float]:
     """A discrepancy relative to a norm, from their squares, and by how much rounding may move it."""
     root, norm = math.sqrt(difference), math.sqrt(square)
     if norm == 0:
         return (0.0 if root == 0 else math.inf), 0.0
-    return root / norm, 2 * of_norm(root, noise, entries) / norm
+    return root / norm, 2 * of_norm(root, size.noise, size) / norm
 
 
 def objective(layer: LayerReport, pair: LayerPair, asked: Asked, own_bound: Callable[[float], Bound | str], budget: Budget) -> Iterator[Check]:
@@ -134,7 +134,7 @@ def _objective(pair: LayerPair, asked: Asked) -> tuple[float | None, float]:
         if pair.metric is not None:
             stretch = math.sqrt(float(np.linalg.norm(pair.metric, 2) if pair.metric.ndim == 2 else pair.metric.max()))
         noise = size.noise + _ADDED * EPS[size.dtype] * math.sqrt(found.beside_square)
-        slack = of_norm(root, stretch * noise, size.entries)
+        slack = of_norm(root, stretch * noise, size)
         return 0.5 * square, slack * (root + 0.5 * slack) + (0.0 if pair.metric is None else _METRIC * square)
     if asked.penalty == "l0":
         return float(np.count_nonzero(weight)), 0.0

@@ -176,13 +176,19 @@ def budget(asked: Asked, relative: float | None, pair: LayerPair, *, last: bool)
 
 @dataclass(frozen=True)
 class Size:
-    """What rounding depends on: ``‖Y‖_F``, ``‖|A| |W|ᵀ‖_F``, the number of outputs, the terms of each sum, and the weights' dtype."""
+    """What rounding depends on: ``‖Y‖_F``, ``‖|A| |W|ᵀ‖_F``, the number of outputs, the terms of each sum, the weights' dtype, and ``Σ y⁴``."""
 
     output: float
     sums: float
     entries: int
     terms: int
     dtype: str
+    fourth: float = 0.0
+
+    @property
+    def alike(self) -> float:
+        """How many outputs of one size would have these moments, ``(Σ y²)² / Σ y⁴``: few where some samples are far larger than the others."""
+        return self.output**4 / self.fourth if 0 < self.fourth < math.inf else 1.0
 
     @property
     def kept(self) -> float:
@@ -197,21 +203,24 @@ class Size:
         return stored * self.output + subnormal + math.sqrt(self.terms) * summed * self.sums
 
 
-def of_norm(value: float, noise: float, entries: int) -> float:
-    """How far a norm over so many entries moves when each is rounded anew and all of it amounts to ``noise``.
+def of_norm(value: float, noise: float, size: Size) -> float:
+    """How far the norm of a difference from the layer's output moves when each entry is rounded anew and all of it amounts to ``noise``.
 
-    Rounding has no direction, so it adds in squares; the term beside is six standard deviations of what it does along the difference.
+    What is rounded is no larger than the output and the difference together. Rounding has no direction, so it adds in squares; the term beside is six
+    standard deviations of what it does along the difference.
     """
     if not math.isfinite(value):
         return 0.0
-    return math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(entries, 1)) + 1e-9 * value
+    noise += EPS[size.dtype] * value
+    return math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(size.alike, 1)) + 1e-9 * value
 
 
 def size_of(pair: LayerPair, measured: Measured | None = None) -> Size:
     """The size of a layer on its rows; on other rows than all of them if they are given."""
     found = pair.measured if measured is None else measured
     terms = pair.pruned.shape[1] + pair.pruned.has_bias
-    return Size(math.sqrt(found.target_square), math.sqrt(found.sums_square), found.entries, terms, str(pair.pruned.weight.dtype))
+    output, sums = math.sqrt(found.target_square), math.sqrt(found.sums_square)
+    return Size(output, sums, found.entries, terms, str(pair.pruned.weight.dtype), found.target_fourth)
 
 
 @dataclass(frozen=True, eq=False)

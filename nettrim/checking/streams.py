@@ -80,8 +80,8 @@ class Measured:
     ----------
     entries : int
         P M.
-    target_square : float
-        ``‖Y‖²``.
+    target_square, target_fourth : float
+        ``‖Y‖²``, and the sum of the fourth powers.
     difference : float
         ``‖act(output) − Y‖²`` of the stored layer, run in its own dtype, ``Y`` being the dense layer's after what follows it.
     dense_on, dense_off : float
@@ -105,6 +105,7 @@ class Measured:
 
     entries: int = 0
     target_square: float = 0.0
+    target_fourth: float = 0.0
     difference: float = 0.0
     dense_on: float = 0.0
     dense_off: float = 0.0
@@ -279,6 +280,7 @@ class LayerPair:
         Y, targets = behind.output(before), behind.targets(before)
         found.entries += Y.size
         found.target_square += _square(Y)
+        found.target_fourth += _square(np.square(Y))
         found.difference += _square(behind.output(output) - Y)
         on, off = behind.misfit(V, targets)
         found.dense_on, found.dense_off = found.dense_on + on, found.dense_off + off
