@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_topk_admm import inner_product, layer
 
 from nettrim.patterns import UNSTRUCTURED, Supports
 from nettrim.solvers import refits
 from nettrim.solvers.refits import refit
 from nettrim.solvers.support import Quadratic, normalised, search
-from tests.test_topk_admm import inner_product, layer
 
 
 @given(seed=st.integers(0, 200), share=st.floats(0.05, 0.95))

@@ -117,21 +117,23 @@ def _descend(operator: _Normal, gradient: Tensor, limit: int, excess: float, rou
     how far the least on the support is: Strakoš and Tichý, ETNA 13, 2002. The norm of the residual would not do: at mild sparsities the whole misfit
     is small beside the output.)
     """
-    step, residual = torch.zeros_like(gradient), gradient
-    direction, square = residual, float(residual.square().sum())
+    step, residual, direction = torch.zeros_like(gradient), gradient.clone(), gradient.clone()
+    square = float((residual * residual).sum())
     falls: list[float] = []
     for taken in range(limit):
+        settled = taken >= _CG_LAST and sum(falls[-_CG_LAST:]) <= _SETTLED[gradient.dtype] * (excess - sum(falls))
+        if settled or square <= rounded:
+            return step, taken, True
         image = operator(direction)
         curvature = float((direction * image).sum())
-        settled = taken >= _CG_LAST and sum(falls[-_CG_LAST:]) <= _SETTLED[gradient.dtype] * (excess - sum(falls))
-        if settled or square <= rounded or curvature <= 0:
-            return step, taken, settled or square <= rounded
+        if curvature <= 0:
+            return step, taken, False
         length = square / curvature
-        step = step + length * direction
-        residual = residual - length * image
+        step.add_(direction, alpha=length)
+        residual.sub_(image, alpha=length)
         falls.append(0.5 * length * square)
-        last, square = square, float(residual.square().sum())
-        direction = residual + square / last * direction
+        last, square = square, float((residual * residual).sum())
+        direction.mul_(square / last).add_(residual)
     return step, limit, False
 
 
