@@ -130,7 +130,7 @@ class Blocks:
             yield stage
             ends, played = [stage.ends, stage.pruned_ends()], stage.replay.played
             del stage
-            give_back()  # before more is asked for
+            give_back()  # what pruning its layers has freed, before the block is run once more
         for ours, theirs in self._streams:
             self._advance(ours, place, dense, run, ends[0])
             self._advance(theirs, place, pruned, run, ends[1], played)

@@ -1,5 +1,7 @@
 """The weights on a support: normal equations, factors and conjugate gradients alike, half precision, and when conjugate gradients may stop."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,7 +72,8 @@ def test_conjugate_gradients_stop_where_little_of_the_misfit_is_left_to_gain(sha
     assert found.value - best <= 0.02 * (best - least)
 
 
-def test_steps_in_half_precision_that_lead_astray_are_taken_back(monkeypatch):
+@pytest.mark.parametrize("factor", [0.01, 3.0])
+def test_steps_in_half_precision_that_lead_astray_are_taken_back(factor, monkeypatch):
     problem, C, mask, start, best, least = posed(0.3, True)
     monkeypatch.setattr(refits, "_CHOLESKY_WORK", 0.0)
     monkeypatch.setattr(refits, "rough_dtype", lambda like: torch.bfloat16)
@@ -80,7 +83,7 @@ def test_steps_in_half_precision_that_lead_astray_are_taken_back(monkeypatch):
         if operator.G.dtype != torch.bfloat16:
             return product(operator, X)
         astray.append(X)
-        return 0.01 * product(operator, X)  # so little curvature that a step is a hundred times too long
+        return factor * product(operator, X)  # of so little curvature steps are a hundred times too long, of so much they soon seem to have settled
 
     monkeypatch.setattr(refits._Normal, "__call__", wrong)
     found = refit(problem, C, mask, start)
@@ -88,7 +91,15 @@ def test_steps_in_half_precision_that_lead_astray_are_taken_back(monkeypatch):
     assert found.value - best <= 0.02 * (best - least)
 
 
-def test_inputs_that_are_always_zero_or_the_same_are_no_trouble(monkeypatch):
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, 1e20])
+def test_numbers_that_no_step_can_better_are_not_tried_for_ever(value, half, monkeypatch):
+    problem, C, mask, start, _, _ = posed(0.3, True)
+    monkeypatch.setattr(refits, "rough_dtype", lambda like: half)
+    refit(problem, C, mask, torch.full_like(start, value))
+
+
+def test_inputs_that_are_always_zero_or_the_same_are_no_trouble():
     A, Y, _ = layer(P=100, N=10, M=4, seed=1)
     A[:, 3], A[:, 7] = 0, A[:, 6]
     problem, column, row = normalised(A.T @ A, inner_product(4), torch.float32)

@@ -10,7 +10,7 @@ import nettrim
 from nettrim import ArgumentError, LayerProgram, UnsupportedProgramError
 from nettrim.grams import Gram, moments
 from nettrim.patterns import UNSTRUCTURED, Supports
-from nettrim.solvers import support
+from nettrim.solvers import support, topk_admm
 from nettrim.solvers.refits import refit
 from nettrim.solvers.support import normalised, search
 
@@ -167,6 +167,29 @@ def test_half_precision_until_the_support_stands_still_costs_nothing(monkeypatch
     assert set(used[None]) == {torch.float32}
     assert used[torch.bfloat16][0] == torch.bfloat16 and used[torch.bfloat16][-1] == torch.float32  # what stands, stands in float32
     assert found[torch.bfloat16].value - everything <= 1.03 * (found[None].value - everything)
+
+
+@pytest.mark.parametrize(("offset", "condition", "share"), [(0, 1, 0.8), (3, 1, 0.8), (3, 2, 0.95)])
+def test_every_renewal_lowers_the_misfit(offset, condition, share, monkeypatch):
+    """By conjugate gradients too, on inputs that are far from 0 in the mean."""
+    generator = torch.Generator().manual_seed(1)
+    A = torch.randn(1000, 120, generator=generator)
+    U = torch.linalg.qr(torch.randn(120, 120, generator=generator)).Q
+    A = A @ (U * torch.logspace(0, -condition, 120)) @ U.T
+    A = A + offset * A.std(0) * torch.randn(120, generator=generator).sign()
+    Y = (A @ torch.randn(120, 80, generator=generator)).relu()
+    found, settle = [], topk_admm._settle
+
+    def noted(problem, fit, renewals):
+        for _ in range(renewals):
+            found.append(problem.program.misfit(problem.true(fit.W)))
+            fit = settle(problem, fit, 1)
+        return fit
+
+    monkeypatch.setattr(topk_admm, "_settle", noted)
+    nettrim.solve(LayerProgram(A, Y, nonzeros=round(share * 9600)))
+    assert len(found) > 3
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(found))
 
 
 def test_only_the_support_given_is_kept():

@@ -188,7 +188,7 @@ class Size:
     @property
     def alike(self) -> float:
         """How many outputs of one size would have these moments, ``(Σ y²)² / Σ y⁴``: few where some samples are far larger than the others."""
-        return self.output**4 / self.fourth if 0 < self.fourth < math.inf else 1.0
+        return (self.output / self.fourth**0.25) ** 4 if 0 < self.fourth < math.inf else 1.0
 
     @property
     def kept(self) -> float:
@@ -207,12 +207,12 @@ def of_norm(value: float, noise: float, size: Size) -> float:
     """How far the norm of a difference from the layer's output moves when each entry is rounded anew and all of it amounts to ``noise``.
 
     What is rounded is no larger than the output and the difference together. Rounding has no direction, so it adds in squares; the term beside is six
-    standard deviations of what it does along the difference.
+    standard deviations of what it does along the difference. It cannot move it by more than all of it.
     """
     if not math.isfinite(value):
         return 0.0
     noise += EPS[size.dtype] * value
-    return math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(size.alike, 1)) + 1e-9 * value
+    return min(math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(size.alike, 1)), noise) + 1e-9 * value
 
 
 def size_of(pair: LayerPair, measured: Measured | None = None) -> Size:

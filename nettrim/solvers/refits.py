@@ -42,7 +42,7 @@ def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = No
     """``argmin ½⟨S W G, W⟩ − ⟨S C, W⟩`` on a support.
 
     Without a metric by Cholesky factors of every neuron's own Gram matrix; where those would cost too much, and with a metric, which couples the
-    neurons, by conjugate gradients from ``start``.
+    neurons, by conjugate gradients from ``start`` (0 if not given: many more steps), until little is left to gain, or their limit.
     """
     counts = mask.sum(1)
     if bool(mask.all()):  # W G = C for all neurons at once, whatever weighs their errors
@@ -66,7 +66,7 @@ def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Ten
     """Conjugate gradients on ``S W G`` over the weights of the mask, all neurons at once, in the dtype of the search.
 
     Products are in half precision where the processor has it; every few steps start again from the exact residual ``R = C − W G``. Steps that did not
-    lower the value are taken back, and the rest is in the dtype of the search.
+    lower the value are taken back, and the last are in the dtype of the search.
     """
     exact = operator = _Normal.of(problem, mask, problem.dtype)
     if (half := rough_dtype(exact.G)) is not None:
@@ -81,12 +81,13 @@ def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Ten
         step, taken, settled = _descend(operator, gradient, limit, excess, rounded)
         after = exact.masked(C - (W + step) @ exact.G)
         fall = 0.5 * float((step * (gradient + after)).sum())  # of a quadratic, by its gradients at both ends: no cancellation
+        left -= taken
         if fall > 0:
-            W, gradient, excess, left = W + step, after, excess - fall, left - taken
-        if settled or (operator is exact and taken < limit):
+            W, gradient, excess = W + step, after, excess - fall
+        if operator is exact and (settled or taken < limit or not fall > 0):
             break
-        if fall <= 0 or taken < limit:
-            operator = exact
+        if settled or taken < limit or not fall > 0:
+            operator = exact  # has the last word
     return W.double()
 
 

@@ -158,7 +158,7 @@ def _settle(problem: _Problem, fit: Fit, renewals: int) -> Fit:
         before = fit.W
         problem.renew(fit.W)
         problem.iterations += 1
-        fit = refit(problem.quadratic, problem.C, fit.mask, costs=fit.cost is not None)
+        fit = refit(problem.quadratic, problem.C, fit.mask, fit.W, costs=fit.cost is not None)
         if float((fit.W - before).norm()) <= _SETTLED * float(before.norm()):
             break
     return fit
@@ -171,7 +171,7 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     margin = rounding_margin(program, program.dtype)
     budget = (program.epsilon * (1 - margin)) ** 2
     total = supports.kept
-    everything = refit(problem.quadratic, problem.C, _everything(program, supports), costs=True)
+    everything = refit(problem.quadratic, problem.C, _everything(program, supports), start, costs=True)
     zero = torch.zeros_like(everything.W)
     if program.misfit(zero) <= budget:
         return zero
@@ -225,7 +225,7 @@ def _trim(problem: _Problem, supports: Supports, fit: Fit, budget: float) -> Ten
         mask.view(-1)[cost.topk(count, largest=False).indices] = False
         if program.relu:
             problem.renew(fit.W)
-        trimmed = refit(problem.quadratic, problem.C, mask, costs=True)
+        trimmed = refit(problem.quadratic, problem.C, mask, fit.W, costs=True)
         problem.iterations += 1
         if program.misfit(problem.true(trimmed.W)) <= budget:
             fit = trimmed
