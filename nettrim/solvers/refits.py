@@ -84,9 +84,9 @@ def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Ten
         left -= taken
         if fall > 0:
             W, gradient, excess = W + step, after, excess - fall
-        if operator is exact and (settled or taken < limit or not fall > 0):
-            break
         if settled or taken < limit or not fall > 0:
+            if operator is exact:
+                break
             operator = exact  # has the last word
     return W.double()
 
