@@ -30,9 +30,10 @@ from nettrim.errors import NetTrimError
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "llm.json"
 # Ours by the name in the table: what each adds to the same call of `nettrim.prune`.
 OURS: dict[str, dict[str, Any]] = {
-    "nettrim": {"repair": 0.6, "damping": 0.15, "fidelity": "layer"},
-    "nettrim-undamped": {"repair": 0.6, "fidelity": "layer"},
-    "nettrim-full-repair": {"repair": 1.0, "fidelity": "layer"},
+    "nettrim": {"repair": 0.6, "damping": 0.15, "fidelity": "diagonal"},
+    "nettrim-layer": {"repair": 0.6, "damping": 0.15, "fidelity": "layer"},
+    "nettrim-undamped": {"repair": 0.6, "fidelity": "diagonal"},
+    "nettrim-full-repair": {"repair": 1.0, "fidelity": "diagonal"},
 }
 METHODS = (*PEERS, "nettrim")
 LEVELS = ("0.5", "0.3", "2:4")  # kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -39,7 +39,7 @@ class Goals:
     pattern : Pattern
     allowed : dict of str to Tensor, (M, N) bool
         The weights that may stay, of layers where not all may.
-    metrics : dict of str to Tensor, (M, M)
+    metrics : dict of str to Tensor, (M, M) or (M,)
         What errors of a layer cost at the network's output; empty where every layer is kept to its own.
     """
 
@@ -93,9 +93,9 @@ class Measured:
 
 
 def _metrics(
-    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], options: Options, spreads: bool
+    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], options: Options, spreads: bool, blocks: Sequence[str]
 ) -> dict[str, Tensor]:
-    found = output_metrics(model, batches, run, wanted, options.seed)
+    found = output_metrics(model, batches, run, wanted, options.seed, diagonal=options.fidelity == "diagonal", blocks=blocks)
     if found is None:
         ways = "fidelity='layer' and allocation='uniform'" if spreads else "fidelity='layer'"
         raise ArgumentError(f"no gradient comes through the network, so nothing says what a layer's errors do to its output; expected {ways}")
@@ -112,8 +112,10 @@ def set_goals(
     run: Run,
     device: torch.device | str | None,
     measured: Measured,
+    blocks: Sequence[str] = (),
 ) -> Goals:
-    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what is measured to ``measured``.
+    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what is measured to ``measured``. ``blocks`` are
+    modules that can be run again.
 
     Raises
     ------
@@ -133,14 +135,15 @@ def set_goals(
     for layer in (one for one in wanted if one.name in shares and pattern is not NEURON):  # before hours of solving, not when it is the layer's turn
         M, N = layer.matrix.shape
         pattern.check((M // layer.matrix.groups, N), f"layer {layer.name!r}")
-    if pattern is not NEURON and (spreads or options.fidelity == "network"):
-        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads)
+    weighs = options.fidelity == "network" or (options.fidelity == "diagonal" and pattern.counts_together)
+    if pattern is not NEURON and (spreads or weighs):
+        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads, blocks)
     if spreads:
         curves = measured.curves = measured.curves or allocation.measure(model, batches, run, wanted, metrics, options, device)
         total = sum(curve.size for curve in curves.values())
         kept = allocation.spread(curves, UNSTRUCTURED.kept((1, total), share))
         shares = {name: 1 - kept[name] / curves[name].size for name in names}
-    metrics = metrics if options.fidelity == "network" else {}
+    metrics = metrics if weighs else {}
     if pattern is not NEURON:
         return Goals(options, {}, True, shares, pattern, {}, metrics)
     allowed = neurons.supports(model, trace, batches, run, shares, device)

@@ -60,7 +60,7 @@ class Options:
             ("consistency", ("relaxed", "paper")),
             ("penalty", ("auto", "l0", "l1")),
             ("allocation", ("auto", "uniform")),
-            ("fidelity", ("network", "layer")),
+            ("fidelity", ("network", "diagonal", "layer")),
             ("on_failure", ("raise", "keep_dense")),
         ):
             if getattr(self, name) not in allowed:
@@ -149,10 +149,10 @@ class Options:
                 reason = "the paper's inequalities are met to a share of a budget that all neurons have together"
         elif self.pattern != "neuron" and parse(self.pattern).share is None:
             reason = f"pattern={self.pattern!r} counts weights over all neurons"
-        elif self.pattern != "neuron" and self.fidelity != "layer":
+        elif self.pattern != "neuron" and self.fidelity == "network":
             reason = f"fidelity={self.fidelity!r} weighs the errors of all neurons together"
         if reason is not None:
-            ways = "epsilon with penalty='l1', pattern='neuron', or 'n:m' with fidelity='layer'"
+            ways = "epsilon with penalty='l1', pattern='neuron', or 'n:m' with fidelity='layer' (or 'diagonal')"
             raise ArgumentError(f"neurons={self.neurons}: {reason}; leave it out, or ask for {ways}")
 
     def _number(self, name: str, good: Callable[[Any], bool], expected: str) -> None:

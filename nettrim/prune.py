@@ -96,9 +96,10 @@ def prune(
     allocation : {"auto", "uniform"}
         How one ``sparsity`` is spread: where a weight does most for the network's output (unstructured zeros; :mod:`nettrim.allocation`), or the same
         share in every layer.
-    fidelity : {"network", "layer"}
+    fidelity : {"network", "diagonal", "layer"}
         With ``sparsity`` or ``budget``: what the weights are chosen and fitted for, the network's output, so that a layer's errors count by what they
-        do there (:mod:`nettrim.sensitivity`; it takes gradients), or each layer's own output.
+        do there (:mod:`nettrim.sensitivity`; it takes gradients), or each layer's own output. ``"diagonal"`` weighs every output of a layer by what
+        its errors do there, each by itself: a part of the gain for a part of the time, and no matrix as large as the outputs squared.
     mode : {"cascade", "parallel"}
         Whether a layer sees the inputs of the network pruned so far, or the dense network's.
     gamma : float
@@ -159,7 +160,7 @@ def prune(
         What happens to a layer whose program is infeasible or not solved; nothing infeasible is ever written.
     neurons : int, optional
         Layers with more outputs are solved in blocks of at most so many, side by side where there is an ``executor``: budgets with the ℓ1 penalty and
-        the relaxed set, ``"neuron"``, and ``"n:m"`` with ``fidelity="layer"`` (docs/scaling.md says why not the others).
+        the relaxed set, ``"neuron"``, and ``"n:m"`` without ``fidelity="network"`` (docs/scaling.md says why not the others).
     recalibrate_batchnorm : bool
         Estimate the running statistics of the pruned network's BatchNorms again, on the samples solved on. What is measured of the network is
         measured with them; the layers' promises are about the dense network's, and there is no network bound.

@@ -77,8 +77,9 @@ def assert_same(whole: PruneResult, blocks: PruneResult) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [ASKED, {**ASKED, "repair": 0.5}, {"pattern": "2:4", "fidelity": "layer"}, {**ASKED, "mode": "parallel"}, {"epsilon": 0.3}, {"sparsity": 0.6}],
-    ids=["sparsity", "repair", "2:4", "parallel", "epsilon", "network"],
+    [ASKED, {**ASKED, "repair": 0.5}, {"pattern": "2:4", "fidelity": "layer"}, {**ASKED, "mode": "parallel"}, {"epsilon": 0.3}, {"sparsity": 0.6},
+     {**ASKED, "fidelity": "diagonal"}],
+    ids=["sparsity", "repair", "2:4", "parallel", "epsilon", "network", "diagonal"],
 )
 def test_the_weights_and_figures_are_those_of_the_whole_network(asked: dict[str, Any]) -> None:
     data = list(TOKENS.split(4))

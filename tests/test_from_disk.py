@@ -177,6 +177,7 @@ def test_a_failure_leaves_nothing_of_the_new_folder(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"fidelity": "network"}, "gradients"),
+        ({"fidelity": "diagonal"}, "gradients"),
         ({"allocation": "auto"}, "gradients"),
         ({"inplace": True}, "new folder"),
         ({"recalibrate_batchnorm": True}, "no weights"),

@@ -54,6 +54,7 @@ ASKED: list[dict[str, Any]] = [
     {"sparsity": {"0": 0.5, "2": 0.3}},
     {"sparsity": 0.5, "preserve_zeros": True},
     {"sparsity": 0.6, "fidelity": "layer"},
+    {"sparsity": 0.6, "fidelity": "diagonal", "repair": 0.5},
     {"budget": 0.3},
 ]
 

@@ -64,6 +64,7 @@ GOALS: list[dict[str, Any]] = [
     {"epsilon": 0.2, "max_rows": 100},
     {"sparsity": 0.5},
     {"sparsity": 0.5, "mode": "parallel", "fidelity": "layer"},
+    {"sparsity": 0.5, "fidelity": "diagonal"},
 ]
 
 

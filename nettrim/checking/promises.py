@@ -134,7 +134,7 @@ _GOOD: dict[str, Callable[[Any], bool]] = {
     "penalty": lambda value: value in ("l1", "l0"),
     "reweight": _whole,
     "pattern": lambda value: value in ("unstructured", "neuron") or (isinstance(value, str) and bool(re.fullmatch(_PATTERN, value))),
-    "fidelity": lambda value: value in ("network", "layer"),
+    "fidelity": lambda value: value in ("network", "diagonal", "layer"),
     "allocation": lambda value: value in ("auto", "uniform"),
     "repair": lambda value: _real(value, 0, 1),
     "damping": lambda value: _real(value, 0),

@@ -90,11 +90,12 @@ class Work:
     def _metrics(self) -> dict[str, Tensor]:
         """What the layers' errors cost at the network's output, where their weights were chosen by that."""
         asked = self.asked
-        if not asked.counts or asked.fidelity != "network" or asked.pattern == "neuron":
+        alone = asked.fidelity == "diagonal"  # every output is weighed by itself, which says nothing where each has its own number of weights
+        if not asked.counts or asked.fidelity == "layer" or asked.pattern == "neuron" or (alone and asked.kept_of is not None):
             return {}
         wanted = {*self.left_dense, *(layer.name for layer in self.report.layers)}
         found = [layer for layer in self.traced.layers if layer.name in wanted]
-        return output_metrics(self.dense, self.batches, self.run, found, asked.seed) or {}
+        return output_metrics(self.dense, self.batches, self.run, found, asked.seed, diagonal=alone) or {}
 
     @property
     def left_dense(self) -> list[str]:

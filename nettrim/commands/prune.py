@@ -72,7 +72,7 @@ def _use_recipe(context: click.Context, parameter: click.Parameter, path: Path |
 @click.option("--budget", type=float, callback=finite, help="How far the network's output may be off, relative.")
 @click.option("--pattern", default="unstructured", show_default=True, help="unstructured, n:m (n kept of m), block:RxC, or neuron.")
 @click.option("--allocation", type=click.Choice(["auto", "uniform"]), default="auto", show_default=True, help="How one sparsity is spread.")
-@click.option("--fidelity", type=click.Choice(["network", "layer"]), default="network", show_default=True, help="Whose output zeros are to serve.")
+@click.option("--fidelity", type=click.Choice(["network", "diagonal", "layer"]), default="network", show_default=True, help="What the zeros serve.")
 @click.option("--mode", type=click.Choice(["cascade", "parallel"]), default="cascade", show_default=True, help="Whose inputs a layer sees.")
 @click.option("--gamma", default=1.1, **_SHARE, help="Cascade: slack over what the dense weights leave, squared.")
 @click.option("--repair", type=NumberOrAuto(), default=1.0, show_default=True, help="Cascade: how far it makes up for what is broken; or auto.")
