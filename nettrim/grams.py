@@ -38,11 +38,14 @@ class Gram:
     Attributes
     ----------
     G : Tensor or None, (N, N) float64
+    cross : Tensor or None, (N, N) float64
+        ``AᵀÂ`` for these rows ``Â`` and those that the dense network has in their place, where it was made.
     eigen : dict of dtype to (Tensor, Tensor)
         Eigenvalues (N,) and eigenvectors (N, N) of ``G`` in columns of unit norm.
     """
 
     G: Tensor | None = None
+    cross: Tensor | None = None
     eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _damped: dict[float, Gram] = field(default_factory=dict)
 
@@ -95,21 +98,28 @@ def symmetric(G: Tensor) -> Tensor:
     return G.triu() + G.triu(1).T
 
 
-def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]], W: Tensor | None = None) -> Moments:
     """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet.
+
+    With dense weights ``W`` (M, N) the targets are what they make of the dense network's inputs, and ``C = W (AᵀÂ)`` needs no pass of its own.
 
     In float64: where inputs are nearly collinear, products in float32 leave several times the misfit (docs/sparsity.md, what was tried).
     """
-    C, G = None, None
+    C = None if W is None or gram.cross is None else W.double() @ gram.cross
+    if C is not None and gram.G is not None:
+        return Moments(gram, C)
+    G, summed = None, None
     for part, targets in rows:
-        A, Y = part.double(), targets.double()
-        if C is None:
-            C = Y.new_zeros(Y.shape[1], A.shape[1])
+        A = part.double()
         if gram.G is None:
             G = A.new_zeros(A.shape[1], A.shape[1]) if G is None else G
             add_gram(G, A)
-        C.addmm_(Y.T, A)
-    assert C is not None
+        if C is None:
+            Y = targets.double()
+            summed = Y.new_zeros(Y.shape[1], A.shape[1]) if summed is None else summed
+            summed.addmm_(Y.T, A)
     if G is not None:
         gram.G = symmetric(G)
+    C = summed if C is None else C
+    assert C is not None
     return Moments(gram, C)

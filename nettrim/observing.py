@@ -49,6 +49,8 @@ class Layer:
         The rows that the program is solved on, where they are not all.
     gram : Gram or None
         Of those rows, perhaps shared with the layers that are given the same ones.
+    crossed : bool
+        Whether the targets' sums follow from the Gram matrix's ``cross``.
     outputs : callable(stored matrix) or None
         Its outputs on all rows, (P, M), as the network computes them; None where they are not known.
     """
@@ -62,6 +64,7 @@ class Layer:
     observation: Observation
     drawn: Drawn | None = None
     gram: Gram | None = None
+    crossed: bool = False
     outputs: Callable[[Matrix], Tensor | None] | None = None
 
     @property
@@ -152,7 +155,9 @@ class Layer:
     @functools.cached_property
     def aims(self) -> Moments | None:
         """Sums over the rows that the program is solved on and `Observation.aims` of them, where there is one Gram matrix of them."""
-        return None if self.gram is None or self.groups > 1 else moments(self.gram, self.solved_on(summed=True))
+        if self.gram is None or self.groups > 1:
+            return None
+        return moments(self.gram, self.solved_on(summed=True), self.dense if self.crossed else None)
 
     def solved_on(self, *, summed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """``(A, U)`` of the rows that the program is solved on, chunk by chunk; `Observation.aims` of them, if ``summed``."""
@@ -180,12 +185,14 @@ def observe(
     unfold: bool = True,
     pruned_batches: list[Any] | None = None,
     summed: bool = False,
+    crosses: bool = False,
 ) -> Layer:
     """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
 
     With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
     convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same. ``summed`` says that
-    it is wanted, of both networks, what the layer's outputs are added to.
+    it is wanted, of both networks, what the layer's outputs are added to, ``crosses`` that the sums for its program are to be made of its inputs in
+    both (`is_wide`).
 
     Raises
     ------
@@ -202,8 +209,9 @@ def observe(
         return capture.kept(pruned, inputs, run, layer.of(pruned), device=device, summed=summed, given=True)
 
     return observed(
-        layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram()
-    )
+        layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram(),
+        crosses=crosses,
+    )  # fmt: skip
 
 
 def directions(matrix: Matrix, device: torch.device | str | None) -> Tensor | None:
@@ -230,22 +238,27 @@ def observed(
     unfold: bool = True,
     gram: Gram | None = None,
     along: Tensor | None = None,
+    crosses: bool = False,
     outputs: Callable[[Matrix], Tensor | None] | None = None,
 ) -> Layer:
     """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count.
 
-    Where ``along`` is given, what ``dense`` yields as kept are products of the inputs with it (`directions`). ``outputs`` is the field of `Layer`.
+    Where ``along`` is given, what ``dense`` yields as kept may be products of the inputs with it (`directions`). ``outputs`` is the field of `Layer`.
     """
     matrix, apart, size = layer.matrix, 0.0, 0.0
+    cross: Tensor | None = None
+    first = gram is not None and gram.cross is None  # the sums are made in the first pass over the rows
 
     def source() -> Iterator[Seen]:
-        nonlocal apart, size
+        nonlocal apart, size, crosses, cross
         if disturbed is None:
             yield from (seen._replace(beside=None) for seen in dense())
             return
         for given, seen in zip(dense(), disturbed(), strict=True):
             wide = matrix.compute_dtype
-            ours, theirs = seen.kept.to(wide) if along is None else seen.kept.to(along) @ along, given.kept.to(wide)
+            ours, theirs = seen.kept.to(wide), given.kept.to(wide)
+            if along is not None and ours.shape != theirs.shape:
+                ours, crosses = seen.kept.to(along) @ along, False
             if ours.shape != theirs.shape:
                 there = given.kept.shape if along is None else (*given.kept.shape[:-1], len(along))
                 raise RouteError(
@@ -254,6 +267,9 @@ def observed(
                 )
             apart += square_sum(ours - theirs)
             size += square_sum(theirs)
+            if first and crosses:
+                disturbed_rows, dense_rows = (matrix.with_ones(rows).double() for rows in (ours, theirs))
+                cross = dense_rows.T @ disturbed_rows if cross is None else cross.addmm_(dense_rows.T, disturbed_rows)
             more = None if given.beside is None or seen.beside is None else torch.sub(given.beside, seen.beside, out=seen.beside)
             yield Seen(seen.kept, given.Z, more)
 
@@ -268,4 +284,13 @@ def observed(
     # what rounding alone makes is no disturbance: a multiple of it is a budget that nothing can be pruned within
     changed = math.sqrt(apart) > _ROUNDING * torch.finfo(matrix.compute_dtype).eps * math.sqrt(size)
     drawn = seen.drawn(max_rows, seed) if max_rows is not None and max_rows < seen.count else None
-    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram, outputs)
+    if first and gram is not None:
+        gram.cross, first = cross, False
+    crosses = crosses and gram is not None and gram.cross is not None
+    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram, crosses, outputs)
+
+
+def is_wide(layer: TracedLayer) -> bool:
+    """Whether the layer has more outputs than inputs: products with inputs are less work then, and layers with one input share them."""
+    M, N = layer.matrix.shape
+    return M > N and is_linear(layer.matrix.kind)

@@ -25,7 +25,7 @@ from nettrim.layers import Matrix
 from nettrim.layers.linear import is_linear
 from nettrim.memory import Room, give_back
 from nettrim.observation import HELD_ELEMENTS
-from nettrim.observing import Layer, directions, observe, observed
+from nettrim.observing import Layer, directions, is_wide, observe, observed
 from nettrim.replay import Replay
 from nettrim.tracing import TracedLayer
 
@@ -61,6 +61,10 @@ class Ask:
     def wants_sum(self, layer: TracedLayer) -> bool:
         return self.cascade and self.sums and layer.summed
 
+    def wants_cross(self, layer: TracedLayer) -> bool:
+        """Whether the sums for its program are to be made of its inputs in both networks."""
+        return self.cascade and self.sums and not layer.summed and self.max_rows is None and is_wide(layer)
+
 
 @dataclass(eq=False)
 class Stage:
@@ -91,7 +95,7 @@ class Stage:
         """What the layer's program needs; see :func:`nettrim.observing.observe`."""
         there = self.pruned if ask.cascade else None
         return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=ask.max_rows, seed=ask.seed, hold=ask.hold,
-                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer))  # fmt: skip
+                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer), crosses=ask.wants_cross(layer))  # fmt: skip
 
     def kept_out(self, layer: TracedLayer, *, cascade: bool) -> Layer:
         """The same of the samples kept out."""
@@ -147,6 +151,7 @@ class Block(Stage):
                 unfold=ask.unfold,
                 gram=self._gram[1],
                 along=self._along.get(layer.name),
+                crosses=ask.wants_cross(layer),
                 outputs=partial(self._stored, layer) if ask.cascade and layer.name in self._dense else None,
             )
         finally:
@@ -161,6 +166,11 @@ class Block(Stage):
 
         if held and ask.cascade:  # programs see the pruned network's inputs; the dense ones only say whether those differ
             self._along = {layer.name: R for layer in self.layers if (R := directions(layer.matrix, self.device)) is not None}
+
+        widths = {layer.matrix.shape[1] for layer in self.layers if ask.wants_cross(layer)}
+        for layer in self.layers:  # which may be given the same as one whose dense inputs are wanted themselves
+            if layer.matrix.shape[1] in widths and not ask.wants_sum(layer):
+                self._along.pop(layer.name, None)
 
         def place(name: str, what: str, tensor: Tensor) -> Tensor:
             if what == "kept" and name in self._along:

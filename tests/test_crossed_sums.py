@@ -1,0 +1,79 @@
+"""Sums for programs that repeat the dense outputs, from the inputs in both networks: the same as from the rows, once for layers with one input."""
+
+from typing import Any
+
+import pytest
+import torch
+from networks import samples
+from test_blockwise import TOKENS, decoder
+from torch import Tensor, nn
+
+from nettrim import calibration, prune, verify
+from nettrim.grams import Gram, moments
+from nettrim.observing import Layer, observe
+from nettrim.stages import Ask, Block
+from nettrim.tracing import TracedLayer, trace
+
+
+def wide(bias: bool = True) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
+    """A network whose second layer has more outputs than inputs, and one whose first layer lost half of its weights."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 20, bias=bias), nn.GELU(), nn.Linear(20, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        models[1][0].weight[:, ::2] = 0
+    return models[0], models[1], samples(300, 10)
+
+
+@pytest.mark.parametrize("bias", (True, False))
+def test_they_are_those_of_the_rows(bias: bool) -> None:
+    dense, pruned, x = wide(bias)
+    batches, run = calibration.batches(list(x.split(100))), calibration.runner()
+    layer = next(found for found in trace(dense, batches, run).layers if found.name == "2")
+    by_rows, by_inputs = (observe(layer, dense, pruned, batches, run, device=None, crosses=how) for how in (False, True))
+    assert (by_rows.crossed, by_inputs.crossed) == (False, True)
+    expected, found = by_rows.aims, by_inputs.aims
+    assert expected is not None and found is not None
+    assert torch.equal(found.G, expected.G)
+    torch.testing.assert_close(found.C, expected.C, rtol=0, atol=1e-6 * float(expected.C.norm()))
+    exact = torch.tanh(dense[0](x)).double()
+    disturbed = torch.tanh(pruned[0](x)).double()
+    Z = exact @ dense[2].weight.double().T + (dense[2].bias.double() if bias else 0)
+    torch.testing.assert_close(found.C[:, :6], (Z.T @ disturbed).detach(), rtol=0, atol=1e-5)
+
+
+def test_no_pass_over_the_rows_where_all_is_known() -> None:
+    gram, W = Gram(torch.eye(3, dtype=torch.float64), torch.full((3, 3), 2.0, dtype=torch.float64)), torch.ones(5, 3)
+    found = moments(gram, iter(()), W)
+    assert torch.equal(found.C, torch.full((5, 3), 6.0, dtype=torch.float64))
+
+
+@pytest.fixture
+def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, int]]:
+    """Of every layer that was observed whether its sums were made so, and of what."""
+    made: dict[str, tuple[bool, int]] = {}
+    inner = Block.observe
+
+    def observe(self: Block, layer: TracedLayer, ask: Ask) -> Layer:
+        found = inner(self, layer, ask)
+        assert found.gram is not None
+        made[found.name] = found.crossed, id(found.gram.cross)
+        return found
+
+    monkeypatch.setattr(Block, "observe", observe)
+    return made
+
+
+def test_layers_with_one_input_share_them(observed: dict[str, tuple[bool, int]]) -> None:
+    model, data = decoder(), list(TOKENS.split(4))
+    result = prune(model, data, sparsity=0.5, allocation="uniform", fidelity="layer", repair=0.6)
+    assert observed["blocks.1.gate"][0] and observed["blocks.1.gate"] == observed["blocks.1.up"]
+    assert not observed["blocks.1.query"][0] and not observed["blocks.1.down"][0]  # no more outputs than inputs, and a sum
+    assert verify(model, result.model, data, result.report).holds
+
+
+@pytest.mark.parametrize("asked", ({"epsilon": 0.2}, {"sparsity": 0.5, "mode": "parallel"}, {"sparsity": 0.5, "max_rows": 50}), ids=str)
+def test_they_are_not_made_where_no_program_is_of_them(asked: dict[str, Any], observed: dict[str, tuple[bool, int]]) -> None:
+    dense, _, x = wide()
+    assert prune(dense, x, **asked).report.certificate.holds
+    assert {crossed for crossed, _ in observed.values()} == {False}
