@@ -2,7 +2,8 @@
 
 In a cascade, with ``B`` (P, M) for what the layer's output is added to, if it is a part of a sum:
 
-* targets that make the dense network's sum:  ``T₁ = A Wᵀ + B − B̂``
+* targets that make the dense network's sum:  ``T₁ = A Wᵀ + B − B̂``; without a ``B``, ``C₁ = W (AᵀÂ)``, which is less to multiply where a layer has
+  more outputs than inputs
 * those of a ``repair`` ``r`` below 1, which lean to what the dense weights make of the disturbed inputs:  ``T = r T₁ + (1 − r) Â Wᵀ``
 * damped, the program is about ``‖Â Ŵᵀ − T‖² + δ Σ_j ‖â_j‖² ‖ŵ_j − w_j‖²`` (columns ``j``): what is expected on inputs that have independent noise
   of ``δ`` times their energy, which dense and pruned weights see alike. It is the same program with a row more for every input.

@@ -224,6 +224,7 @@ class Block(Stage):
             found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True, within=within)
             if layer.name not in self._dense:  # too much to hold
                 return found
+            give_back()  # what the programs of the layers before have freed
             room, others = Room(layer.rows), Room(layer.rows)
             held = [seen._replace(kept=room.put(seen.kept), beside=None if seen.beside is None else others.put(seen.beside)) for seen in found]
             give_back()
