@@ -256,9 +256,11 @@ def observed(
             return
         for given, seen in zip(dense(), disturbed(), strict=True):
             wide = matrix.compute_dtype
-            ours, theirs = seen.kept.to(wide), given.kept.to(wide)
-            if along is not None and ours.shape != theirs.shape:
-                ours, crosses = seen.kept.to(along) @ along, False
+            ours, theirs = seen.kept, given.kept
+            whole = along is None or ours.shape == theirs.shape
+            if along is not None:
+                ours, theirs = ours.to(along) @ along, theirs.to(along) @ along if whole else theirs
+            ours, theirs, crosses = ours.to(wide), theirs.to(wide), crosses and whole
             if ours.shape != theirs.shape:
                 there = given.kept.shape if along is None else (*given.kept.shape[:-1], len(along))
                 raise RouteError(
@@ -268,7 +270,7 @@ def observed(
             apart += square_sum(ours - theirs)
             size += square_sum(theirs)
             if first and crosses:
-                disturbed_rows, dense_rows = (matrix.with_ones(rows).double() for rows in (ours, theirs))
+                disturbed_rows, dense_rows = (matrix.with_ones(rows.to(wide)).double() for rows in (seen.kept, given.kept))
                 cross = dense_rows.T @ disturbed_rows if cross is None else cross.addmm_(dense_rows.T, disturbed_rows)
             more = None if given.beside is None or seen.beside is None else torch.sub(given.beside, seen.beside, out=seen.beside)
             yield Seen(seen.kept, given.Z, more)

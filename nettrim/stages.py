@@ -168,12 +168,11 @@ class Block(Stage):
             self._along = {layer.name: R for layer in self.layers if (R := directions(layer.matrix, self.device)) is not None}
 
         widths = {layer.matrix.shape[1] for layer in self.layers if ask.wants_cross(layer)}
-        for layer in self.layers:  # which may be given the same as one whose dense inputs are wanted themselves
-            if layer.matrix.shape[1] in widths and not ask.wants_sum(layer):
-                self._along.pop(layer.name, None)
+        # what they are given may be what one is given whose dense inputs are wanted themselves
+        whole = {layer.name for layer in self.layers if layer.matrix.shape[1] in widths and not ask.wants_sum(layer)}
 
         def place(name: str, what: str, tensor: Tensor) -> Tensor:
-            if what == "kept" and name in self._along:
+            if what == "kept" and name in self._along and name not in whole:
                 with torch.autocast(tensor.device.type, enabled=False):  # which the network may run under
                     tensor = tensor.to(self._along[name]) @ self._along[name]
             return rooms[name, what].put(tensor)
