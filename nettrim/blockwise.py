@@ -38,10 +38,11 @@ class Call:
     spec: TreeSpec
     slot: int
 
-    def arguments(self, hidden: Tensor, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments for one run: copies, which the block may write into."""
-        made = [hidden if index == self.slot else leaf for index, leaf in enumerate(self.leaves)]
-        return tree_unflatten([_copied(leaf, device) for leaf in made], self.spec)
+    def arguments(self, hidden: Tensor, device: torch.device | None, *, traced: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for one run: copies, which the block may write into; of the hidden state with its gradient, if it is ``traced``."""
+        made = [_copied(leaf, device) for leaf in self.leaves]
+        made[self.slot] = hidden.clone() if traced else _copied(hidden, device)
+        return tree_unflatten(made, self.spec)
 
 
 def _copied(leaf: Any, device: torch.device | None) -> Any:
@@ -131,10 +132,13 @@ class Chain:
                 return found, first[0]
         raise NotBlocks(f"only {len(found)} of its {len(self.names)} blocks run in calibration batch {index}")
 
-    def end(self, model: nn.Module, batch: Any, index: int, run: Run, hidden: Tensor) -> Any:
-        """The network's output where its last block puts out ``hidden``."""
-        last = len(self.names) - 1
-        with evaluation(model), self.bypassed(model, lambda place, call, given: hidden.to(given.device) if place == last else given):
+    def end(self, model: nn.Module, batch: Any, index: int, run: Run, hidden: Tensor, *, traced: bool = False) -> Any:
+        """The network's output where its last block puts out ``hidden``, ``traced`` for its gradient."""
+
+        def put_out(place: int, call: Call, given: Tensor) -> Tensor:
+            return hidden.to(given.device) if place + 1 == len(self.names) else given
+
+        with evaluation(model), torch.set_grad_enabled(traced), self.bypassed(model, put_out):
             return run_batch(model, batch, index, run)
 
 

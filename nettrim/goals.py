@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nettrim import allocation, layers, neurons, selection
 from nettrim.allocation import Curve
+from nettrim.blockwise import Chain
 from nettrim.budgets import Budget, make_budget
 from nettrim.calibration import Run
 from nettrim.counted import make_selection
@@ -93,9 +94,9 @@ class Measured:
 
 
 def _metrics(
-    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], options: Options, spreads: bool, blocks: Sequence[str]
+    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], options: Options, spreads: bool, chain: Chain | None
 ) -> dict[str, Tensor]:
-    found = output_metrics(model, batches, run, wanted, options.seed, diagonal=options.fidelity == "diagonal", blocks=blocks)
+    found = output_metrics(model, batches, run, wanted, options.seed, diagonal=options.fidelity == "diagonal", chain=chain)
     if found is None:
         ways = "fidelity='layer' and allocation='uniform'" if spreads else "fidelity='layer'"
         raise ArgumentError(f"no gradient comes through the network, so nothing says what a layer's errors do to its output; expected {ways}")
@@ -112,10 +113,10 @@ def set_goals(
     run: Run,
     device: torch.device | str | None,
     measured: Measured,
-    blocks: Sequence[str] = (),
+    chain: Chain | None = None,
 ) -> Goals:
-    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what is measured to ``measured``. ``blocks`` are
-    modules that can be run again.
+    """The goals of the layers ``names``; those that none is given for are added to ``skipped``, and what is measured to ``measured``. ``chain`` is
+    the network's, if it is one of blocks.
 
     Raises
     ------
@@ -137,7 +138,7 @@ def set_goals(
         pattern.check((M // layer.matrix.groups, N), f"layer {layer.name!r}")
     weighs = options.fidelity == "network" or (options.fidelity == "diagonal" and pattern.counts_together)
     if pattern is not NEURON and (spreads or weighs):
-        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads, blocks)
+        metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads, chain)
     if spreads:
         curves = measured.curves = measured.curves or allocation.measure(model, batches, run, wanted, metrics, options, device)
         total = sum(curve.size for curve in curves.values())

@@ -49,6 +49,9 @@ class Gram:
     eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _damped: dict[float, Gram] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "cross": None}  # which no program reads, wherever it is solved
+
     def damped(self, damping: float, columns: int) -> Gram:
         """``G`` with the first so many entries of its diagonal larger by a share ``damping``; made once."""
         assert self.G is not None

@@ -24,6 +24,7 @@ from nettrim.observation import Drawn, Observation, Source
 from nettrim.tracing import TracedLayer
 
 _DIRECTIONS = 8
+_COMPARED = 32  # rows of a batch
 _ROUNDING = 100.0  # in units of the last place: below it a layer's inputs are those of the dense network
 
 
@@ -267,11 +268,11 @@ def observed(
                     f"layer {layer.name!r} is given {tuple(seen.kept.shape)} in the pruned network and {tuple(there)} in the dense one; "
                     "its shape depends on values, which a cascade cannot follow: use mode='parallel'"
                 )
+            crosses = crosses and (size > 0 or _made_of(matrix, given))  # of the first batch
             apart += square_sum(ours - theirs)
             size += square_sum(theirs)
             if first and crosses:
-                disturbed_rows, dense_rows = (matrix.with_ones(rows.to(wide)).double() for rows in (seen.kept, given.kept))
-                cross = dense_rows.T @ disturbed_rows if cross is None else cross.addmm_(dense_rows.T, disturbed_rows)
+                cross = _add_cross(cross, matrix, given.kept, seen.kept)
             more = None if given.beside is None or seen.beside is None else torch.sub(given.beside, seen.beside, out=seen.beside)
             yield Seen(seen.kept, given.Z, more)
 
@@ -290,6 +291,24 @@ def observed(
         gram.cross, first = cross, False
     crosses = crosses and gram is not None and gram.cross is not None
     return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram, crosses, outputs)
+
+
+def _made_of(matrix: Matrix, seen: Seen) -> bool:
+    """Whether a linear layer's outputs are what its weights make of its inputs, to rounding, by the first few rows: not so under autocast."""
+    A = matrix.with_ones(seen.kept[:_COMPARED].double())
+    Z, expected = seen.Z[:_COMPARED].double(), A @ matrix.as_matrix().double().T
+    sizes = A.abs() @ matrix.as_matrix().double().abs().T
+    return bool(((Z - expected).abs() <= _ROUNDING * torch.finfo(matrix.weight.dtype).eps * sizes).all())
+
+
+def _add_cross(cross: Tensor | None, matrix: Matrix, dense: Tensor, disturbed: Tensor) -> Tensor:
+    """``AᵀÂ`` and what it was before, float64, chunk by chunk."""
+    step = max(1, observation.UNFOLDED_ELEMENTS // (2 * dense.shape[1]))
+    for ours, theirs in zip(dense.split(step), disturbed.split(step), strict=True):
+        A, disturbed_rows = matrix.with_ones(ours.double()), matrix.with_ones(theirs.double())
+        cross = A.T @ disturbed_rows if cross is None else cross.addmm_(A.T, disturbed_rows)
+    assert cross is not None
+    return cross
 
 
 def is_wide(layer: TracedLayer) -> bool:

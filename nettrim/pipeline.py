@@ -215,8 +215,7 @@ def _goals(task: Task, names: list[str], skipped: dict[str, str], options: Optio
     if task.checkpoint is not None and unknown:
         task.checkpoint.load_measured(task.measured)
         unknown = not task.measured.metrics
-    blocks = () if task.chain is None else task.chain.names
-    goals = set_goals(task.model, task.trace, names, skipped, options, task.solve_on, task.run, task.device, task.measured, blocks)
+    goals = set_goals(task.model, task.trace, names, skipped, options, task.solve_on, task.run, task.device, task.measured, task.chain)
     if task.checkpoint is not None and unknown and task.measured.metrics:
         task.checkpoint.save_measured(task.measured)
     return goals

@@ -12,28 +12,26 @@ Of a matrix whose pre-activations no module puts out (the inner ones of attentio
 for, ``H = ∂⟨v, f⟩/∂W = Σ_p g_p a_pᵀ``. Random signs make its terms uncorrelated, so the mean of ``H Hᵀ`` is about ``S Σ_p ‖a_p‖²``.
 With a BatchNorm folded in, errors are those of ``s z``, and gradients are divided by ``s``.
 
-The diagonal of ``S`` alone, each output weighed by itself, is the ``fidelity="diagonal"`` of :func:`nettrim.prune`: fewer gradients say it well
-enough, and it takes no memory to speak of.
+The diagonal of ``S`` alone, each output weighed by itself, is the ``fidelity="diagonal"`` of :func:`nettrim.prune`. Fewer gradients say it well
+enough; and where the layers lie in a chain of blocks these are run forwards without gradients, and then backwards, each once more by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from nettrim import layers
+from nettrim.blockwise import Chain
 from nettrim.buffers import detach
 from nettrim.calibration import Run, run_batch
 from nettrim.grams import add_gram, symmetric
 from nettrim.memory import give_back
-from nettrim.passes import evaluation, replaced, tensors_in
+from nettrim.passes import evaluation, tensors_in
 from nettrim.tracing import TracedLayer
 
 _DRAWS = 4  # of signs a batch, for a matrix; one for a diagonal
@@ -43,27 +41,32 @@ _DAMPING = 0.1  # of the mean diagonal: errors that the output does not feel to 
 
 
 def output_metrics(
-    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, diagonal: bool = False, blocks: Sequence[str] = ()
+    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, diagonal: bool = False, chain: Chain | None = None
 ) -> dict[str, Tensor] | None:
     """``S`` (M, M) float64 of the layers ``wanted``, damped; its diagonal (M,) for very wide ones, and for all if that is asked for; None where no
     gradient comes through the network.
 
-    The model is run in evaluation mode and left as it was; no gradient of its parameters is touched. What was computed in the modules named
-    ``blocks``, whose outputs follow from their arguments, is not kept for the gradients but computed again.
+    The model is run in evaluation mode and left as it was; no gradient of its parameters is touched. Of a diagonal, what is kept for the gradients
+    is a block's at a time where all the layers lie in a ``chain`` of blocks that alone make the output, and else the network's.
     """
-    measured = partial(_output_metrics, model, batches, run, wanted, seed, diagonal=diagonal)
-    for sparing in (blocks, ()) if blocks else ((),):
+    ways = [(chain, False), (None, False)] if diagonal and chain is not None and _walks(chain, wanted) else [(None, False)]
+    for blocks, kept in ways:
         try:
-            return measured(kept=False, blocks=sparing)
+            return _output_metrics(model, batches, run, wanted, seed, kept=kept, diagonal=diagonal, chain=blocks)
         except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error) and not isinstance(error, CheckpointError):
+            if "modified by an inplace operation" not in str(error):
                 raise
     # what the network writes into is what a gradient is made of, as a ReLU's output that a residual is added to: torch keeps it, where it can
-    return measured(kept=True, blocks=())
+    return _output_metrics(model, batches, run, wanted, seed, kept=True, diagonal=diagonal, chain=None)
+
+
+def _walks(chain: Chain, wanted: list[TracedLayer]) -> bool:
+    """Whether gradients of all the layers come through the hidden states of the blocks alone."""
+    return chain.sole and all(layer.matrix.kind.observed and chain.place(layer.module_name) is not None for layer in wanted)
 
 
 def _output_metrics(
-    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, kept: bool, diagonal: bool, blocks: Sequence[str]
+    model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, kept: bool, diagonal: bool, chain: Chain | None
 ) -> dict[str, Tensor] | None:
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
@@ -93,6 +96,9 @@ def _output_metrics(
         g = layers.output_rows(layer.matrix, gradient).to(layer.matrix.compute_dtype)
         add(layer, g, len(g), len(g))
 
+    def signs(ends: list[Tensor]) -> list[Tensor]:
+        return [torch.randint(0, 2, end.shape, generator=generator).to(end) * 2 - 1 for end in ends]
+
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
         stack.enter_context(torch.enable_grad())
@@ -100,30 +106,31 @@ def _output_metrics(
         stack.enter_context(_gradients_of(model, inner))
         if kept:
             stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
-        for name in blocks:
-            module = model.get_submodule(name)
-            stack.enter_context(replaced(module, _computed_again(module.forward)))
         for index, batch in enumerate(batches):
-            starts: list[Tensor] = []
-            given: dict[str, tuple[float, int]] = {}
-            with _watched(outer, inner, starts, came, given):
-                output = run_batch(model, batch, index, run)
-                ends = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
-                if not ends or set(given) != {layer.name for layer in inner}:
+            if chain is not None:
+                if not _walked(chain, model, batch, index, run, outer, signs, came):
                     return None
-                asked = [*starts, *(layer.matrix.weight for layer in inner)]
-                noted = dict(given)  # blocks that are computed again are watched once more
-                for draw in range(draws):
-                    before = dict(rows)
-                    signs = [torch.randint(0, 2, end.shape, generator=generator).to(end) * 2 - 1 for end in ends]
-                    found = torch.autograd.grad(ends, asked, signs, retain_graph=draw + 1 < draws, allow_unused=True)
-                    of_weights = found[len(asked) - len(inner) :]
-                    if any(gradient is None for gradient in of_weights) or any(rows[layer.name] == before[layer.name] for layer in outer):
-                        return None
-                    for layer, gradient in zip(inner, of_weights, strict=True):
-                        part, kind = layer.matrix.part, layer.matrix.kind
-                        own = kind.to_matrix(layer.module, part, gradient if part.rows is None else gradient[part.rows])
-                        add(layer, own.T.to(layer.matrix.compute_dtype), *noted[layer.name])
+                if min(rows.values()) >= draws * _SAMPLES:
+                    break
+                continue
+            seen: dict[str, Tensor] = {}
+            given: dict[str, tuple[float, int]] = {}
+            with _watched(outer, inner, seen, given):
+                output = run_batch(model, batch, index, run)
+            ends = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
+            if not ends or {*seen, *given} != set(sizes):
+                return None
+            asked = [*(seen[layer.name] for layer in outer), *(layer.matrix.weight for layer in inner)]
+            for draw in range(draws):
+                found = torch.autograd.grad(ends, asked, signs(ends), retain_graph=draw + 1 < draws, allow_unused=True)
+                if any(gradient is None for gradient in found):
+                    return None
+                for layer, gradient in zip(outer, found, strict=False):
+                    came(layer, gradient)
+                for layer, gradient in zip(inner, found[len(outer) :], strict=True):
+                    part, kind = layer.matrix.part, layer.matrix.kind
+                    own = kind.to_matrix(layer.module, part, gradient if part.rows is None else gradient[part.rows])
+                    add(layer, own.T.to(layer.matrix.compute_dtype), *given[layer.name])
             if min(rows.values()) >= draws * _SAMPLES:
                 break
             for buffer in model.buffers():
@@ -132,15 +139,47 @@ def _output_metrics(
     return {name: _damped(found if found.ndim == 1 else symmetric(found)) for name, found in means.items()}
 
 
-def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a module that writes into nothing it is given, and of which a gradient keeps the arguments alone."""
-
-    def of_copies(args: Any, kwargs: Any) -> Any:
-        give_back()  # what the block before it has freed
-        args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
-        return forward(*args, **kwargs)
-
-    return lambda *args, **kwargs: checkpoint(of_copies, args, kwargs, use_reentrant=False, preserve_rng_state=False)
+def _walked(
+    chain: Chain,
+    model: nn.Module,
+    batch: Any,
+    index: int,
+    run: Run,
+    wanted: list[TracedLayer],
+    signs: Callable[[list[Tensor]], list[Tensor]],
+    came: Callable[[TracedLayer, Tensor], None],
+) -> bool:
+    """Give ``came`` the gradients of the layers' outputs in one batch, block by block from the last; False where one does not come."""
+    with torch.no_grad():
+        calls, first = chain.calls(model, batch, index, run)
+        states = [first]
+        for place, name in enumerate(chain.names):
+            args, kwargs = calls[place].arguments(states[-1], None)
+            states.append(chain.hidden(place, model.get_submodule(name)(*args, **kwargs)))
+            give_back()
+    hidden = states.pop().detach().requires_grad_(True)
+    output = chain.end(model, batch, index, run, hidden, traced=True)
+    ends = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
+    if not ends:
+        return False
+    (gradient,) = torch.autograd.grad(ends, [hidden], signs(ends), allow_unused=True)
+    del hidden, output, ends
+    for place, name in reversed(list(enumerate(chain.names))):
+        here = [layer for layer in wanted if chain.place(layer.module_name) == place]
+        hidden, seen = states.pop().detach().requires_grad_(True), dict[str, Tensor]()
+        args, kwargs = calls[place].arguments(hidden, None, traced=True)
+        with _watched(here, [], seen, {}):
+            out = chain.hidden(place, model.get_submodule(name)(*args, **kwargs))
+        if gradient is None or len(seen) < len(here):
+            return False
+        gradient, *found = torch.autograd.grad([out], [hidden, *(seen[layer.name] for layer in here)], [gradient], allow_unused=True)
+        if any(own is None for own in found):
+            return False
+        for layer, own in zip(here, found, strict=True):
+            came(layer, own)
+        del args, kwargs, out, seen, found, hidden
+        give_back()  # what the block has freed
+    return True
 
 
 def _damped(S: Tensor) -> Tensor:
@@ -154,22 +193,14 @@ def _damped(S: Tensor) -> Tensor:
 
 @contextmanager
 def _watched(
-    outer: list[TracedLayer],
-    inner: list[TracedLayer],
-    starts: list[Tensor],
-    came: Callable[[TracedLayer, Tensor], None],
-    given: dict[str, tuple[float, int]],
+    outer: list[TracedLayer], inner: list[TracedLayer], seen: dict[str, Tensor], given: dict[str, tuple[float, int]]
 ) -> Iterator[None]:
-    """Give ``came`` the gradients of some layers' outputs, whenever one is computed, and note those that gradients begin at; and of other layers
-    how much they were given: ``Σ ‖a_p‖²`` and rows.
-    """
+    """Note the outputs of some layers, each with a gradient to be asked for, and of others how much they were given: ``Σ ‖a_p‖²`` and rows."""
 
-    def output_hook(layer: TracedLayer) -> Any:
+    def output_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-            if not out.requires_grad:
-                out = out.detach().requires_grad_(True)
-                starts.append(out)
-            out.register_hook(lambda gradient: came(layer, gradient))
+            out = out if out.requires_grad else out.detach().requires_grad_(True)
+            seen[name] = out
             return out.clone()  # which the network may change in place
 
         return hook
@@ -185,7 +216,7 @@ def _watched(
 
     with ExitStack() as stack:
         for layer in outer:
-            stack.callback(layer.module.register_forward_hook(output_hook(layer), prepend=True).remove)
+            stack.callback(layer.module.register_forward_hook(output_hook(layer.name), prepend=True).remove)
         for layer in inner:
             stack.callback(layer.module.register_forward_hook(input_hook(layer), prepend=True, with_kwargs=True).remove)
         yield

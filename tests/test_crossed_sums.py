@@ -1,5 +1,6 @@
 """Sums for programs that repeat the dense outputs, from the inputs in both networks: the same as from the rows, once for layers with one input."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -77,3 +78,53 @@ def test_they_are_not_made_where_no_program_is_of_them(asked: dict[str, Any], ob
     dense, _, x = wide()
     assert prune(dense, x, **asked).report.certificate.holds
     assert {crossed for crossed, _ in observed.values()} == {False}
+
+
+class Casting(nn.Sequential):
+    """Runs under autocast of its own: what its layers put out is rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_they_are_of_the_rows_where_outputs_are_not_what_the_weights_make_of_the_inputs(observed: dict[str, tuple[bool, int]]) -> None:
+    dense, _, x = wide()
+    model = Casting(*dense)
+    result = prune(model, x, sparsity={"*": 0.5}, repair=0.5, fidelity="layer")
+    assert not observed["2"][0]
+    assert verify(model, result.model, x, result.report).holds
+
+
+class Mixed(nn.Module):
+    """A layer whose output is added and a wide one are given the same input, of more entries than directions are taken of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.first, self.up, self.down, self.leave = (nn.Linear(*sizes) for sizes in ((10, 40), (40, 40), (40, 60), (60, 40), (40, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.enter(x).tanh()
+        h = c + self.first(c)
+        return self.leave(h + self.down(self.up(c).tanh()))
+
+
+@pytest.mark.parametrize("fidelity", ("network", "layer"))
+def test_a_wide_layer_behind_one_of_a_sum_with_the_same_input(fidelity: str) -> None:
+    model, x = Mixed(), samples(300, 10)
+    result = prune(model, x, sparsity={"*": 0.5}, fidelity=fidelity)
+    assert verify(model, result.model, x, result.report).holds
+
+
+def test_wide_inputs_are_held_where_they_are_wanted(observed: dict[str, tuple[bool, int]]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(10, 40), nn.Tanh(), nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 5)), samples(300, 10)
+    result = prune(model, x, sparsity={"*": 0.5})
+    assert observed["2"][0] and not observed["4"][0]
+    assert verify(model, result.model, x, result.report).holds
+
+
+def test_they_do_not_travel_with_programs() -> None:
+    gram = pickle.loads(pickle.dumps(Gram(torch.eye(2), torch.eye(2))))
+    assert gram.cross is None and gram.G is not None

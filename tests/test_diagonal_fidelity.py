@@ -7,13 +7,10 @@ import torch
 from networks import chain, hooks_of, samples
 from test_blockwise import TOKENS, Decoder, Mixer, decoder
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
-from nettrim import calibration, prune, sensitivity, verify
+from nettrim import calibration, finding, prune, sensitivity, verify
 from nettrim.sensitivity import output_metrics
 from nettrim.tracing import trace
-
-BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 
 
 def metrics(model: nn.Module, inputs: Tensor, **asked: Any) -> dict[str, Tensor]:
@@ -40,82 +37,88 @@ def test_it_serves_the_networks_output_less_than_the_matrix_and_more_than_the_la
     assert left[0] < left[1] < 0.8 * left[2]
 
 
+def by_blocks(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Diagonals of all layers in blocks, from the whole network's gradients, and block by block."""
+    batches, run = calibration.batches(list(inputs.split(4))), calibration.runner()
+    chain = finding.find(model, "auto", batches, run)
+    wanted = [layer for layer in trace(model, batches, run).layers if chain.place(layer.module_name) is not None]
+    found = [output_metrics(model, batches, run, wanted, 0, diagonal=True, chain=how) for how in (None, chain)]
+    assert found[0] is not None and found[1] is not None and found[0].keys() == found[1].keys()
+    return found[0], found[1]
+
+
+class Inner(Mixer):
+    """With layers whose matrices no module puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.GRU(12, 12, batch_first=True)
+
+    def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
+        return super().mixed(self.again(hidden)[0], window, turn)
+
+
+def of(kind: type[Mixer]) -> Decoder:
+    model = decoder()
+    torch.manual_seed(2)
+    model.blocks = nn.ModuleList(kind() for _ in range(3))
+    return model.eval()
+
+
 class TestBlocks:
-    @pytest.mark.parametrize("diagonal", (False, True))
-    def test_what_they_compute_again_is_the_same(self, diagonal: bool) -> None:
+    def test_they_are_walked_back_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        walked: list[bool] = []
+        inner = sensitivity._walked
+        monkeypatch.setattr(sensitivity, "_walked", lambda *a: walked.append(inner(*a)) or walked[-1])
         model = decoder().train()
-        expected, found = metrics(model, TOKENS, diagonal=diagonal), metrics(model, TOKENS, diagonal=diagonal, blocks=BLOCKS)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        expected, found = by_blocks(model, TOKENS)
+        assert walked and all(walked)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=0)
         assert model.training and hooks_of(model) == 0
-        assert not any("forward" in vars(module) for module in model.modules())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
-    def test_nothing_that_they_compute_is_kept(self) -> None:
-        kept: list[list[int]] = []
-        for blocks in ((), BLOCKS):
-            sizes: list[int] = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
-                metrics(decoder(), TOKENS, diagonal=True, blocks=blocks)
-            kept.append(sizes)
-        assert sum(kept[1]) < 0.2 * sum(kept[0])
+    def test_what_is_kept_for_the_gradients_is_of_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = [0]
+        monkeypatch.setattr(sensitivity, "give_back", lambda: sizes.append(0))  # when a block is done
 
-    def test_a_block_that_writes_into_what_it_is_given(self) -> None:
-        class Writing(Mixer):
-            def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
-                hidden += super().mixed(hidden, window, turn) - hidden
-                return hidden
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[-1] += tensor.numel()
+            return tensor
 
-        def made(kind: type[Mixer]) -> Decoder:
-            model, other = decoder(), Decoder()
-            other.blocks = nn.ModuleList(kind() for _ in range(3))
-            other.load_state_dict(model.state_dict())
-            return other
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            by_blocks(decoder(), TOKENS[:4])
+        whole, *parts = (size for size in sizes if size)  # the head's is the first of the parts
+        assert len(parts) == 3 and max(parts) < 0.5 * whole
 
-        expected, found = metrics(made(Mixer), TOKENS, diagonal=True), metrics(made(Writing), TOKENS, diagonal=True, blocks=BLOCKS)
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=0)
+    def test_where_other_layers_are_pruned_the_whole_network_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sensitivity, "_walked", lambda *a: pytest.fail("walked"))
+        for model in (decoder(), of(Inner)):
+            result = prune(model, list(TOKENS.split(4)), sparsity=0.5, fidelity="diagonal")
+            assert verify(model, result.model, list(TOKENS.split(4)), result.report).holds
 
-    def test_a_block_that_computes_something_else_the_second_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Counting(Mixer):
-            times = 0
-
-            def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
-                Counting.times += 1
-                return super().mixed(hidden if Counting.times <= 3 else hidden.exp().log(), window, turn)
-
-        model, expected = decoder(), metrics(decoder(), TOKENS[:4], diagonal=True)
-        for place in range(3):
-            other = Counting()
-            other.load_state_dict(model.blocks[place].state_dict())
-            model.blocks[place] = other
-        raised: list[BaseException] = []
-        inner = sensitivity._output_metrics
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return inner(*args, **kwargs)
-            except CheckpointError as error:
-                raised.append(error)
-                Counting.times = 0
-                raise
-
-        monkeypatch.setattr(sensitivity, "_output_metrics", watched)
-        batches, run = calibration.batches([TOKENS[:4]]), calibration.runner()
-        layers = trace(model, batches, run).layers
-        Counting.times = 0
-        found = output_metrics(model, batches, run, layers, 0, diagonal=True, blocks=BLOCKS)  # type: ignore[arg-type]
-        assert len(raised) == 1 and found is not None
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=0)
-
-    def test_they_are_those_of_the_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[tuple[Any, Any]] = []
-        inner = sensitivity._output_metrics
-        monkeypatch.setattr(sensitivity, "_output_metrics", lambda *a, **k: seen.append((k["blocks"], k["diagonal"])) or inner(*a, **k))
-        asked: dict[str, Any] = {"sparsity": 0.5, "fidelity": "diagonal", "holdout": 0.0}
+    @pytest.mark.parametrize("targets", ("blocks.*", "*"))
+    def test_the_weights_are_those_of_the_whole_network(self, targets: str) -> None:
+        asked: dict[str, Any] = {"sparsity": 0.5, "fidelity": "diagonal", "holdout": 0.0, "targets": targets}
         results = [prune(decoder(), list(TOKENS.split(4)), **asked, **how) for how in ({}, {"blocks": None})]  # type: ignore[arg-type]
-        assert seen == [(BLOCKS, True), ((), True)]
         for one, other in zip(*(result.model.parameters() for result in results), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert verify(decoder(), results[0].model, list(TOKENS.split(4)), results[0].report).holds
+
+
+@pytest.mark.parametrize("way", ("eager", "sdpa"))
+@pytest.mark.parametrize("fidelity", ("network", "diagonal", "layer"))
+def test_decoders_that_use_their_cache(way: str, fidelity: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 23}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation=way)).eval()
+    mask = torch.ones_like(TOKENS)
+    mask[::2, :2] = 0
+    batches = [{"input_ids": tokens, "attention_mask": own} for tokens, own in zip(TOKENS.split(4), mask.split(4), strict=True)]
+    result = prune(model, batches, sparsity=0.5, fidelity=fidelity, targets="model.layers.*")
+    assert result.report.options["blocks"] == "model.layers: 2 blocks"
+    assert verify(model, result.model, batches, result.report).holds
 
 
 @pytest.mark.parametrize("neurons", (None, 7))
