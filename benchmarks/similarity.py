@@ -31,7 +31,7 @@ OURS: dict[str, dict[str, Any]] = {
     "nettrim": {},
     "nettrim-half-repair": {"repair": 0.5},
     "nettrim-layer": {"repair": 0.5, "fidelity": "layer"},
-    "nettrim-damped": {"repair": 0.6, "damping": 0.15, "fidelity": "diagonal"},
+    "nettrim-damped": {"repair": 0.6, "damping": 0.15, "fidelity": "layer"},
 }
 METHODS = (*PEERS, *OURS)
 BATCH = 16  # sequences through the network at a time

@@ -170,7 +170,7 @@ def _walked(
         args, kwargs = calls[place].arguments(hidden, None, traced=True)
         with _watched(here, [], seen, {}):
             out = chain.hidden(place, model.get_submodule(name)(*args, **kwargs))
-        if gradient is None or len(seen) < len(here):
+        if gradient is None or not out.requires_grad or len(seen) < len(here):
             return False
         gradient, *found = torch.autograd.grad([out], [hidden, *(seen[layer.name] for layer in here)], [gradient], allow_unused=True)
         if any(own is None for own in found):

@@ -8,7 +8,7 @@ from networks import chain, hooks_of, samples
 from test_blockwise import TOKENS, Decoder, Mixer, decoder
 from torch import Tensor, nn
 
-from nettrim import calibration, finding, prune, sensitivity, verify
+from nettrim import ArgumentError, calibration, finding, prune, sensitivity, verify
 from nettrim.sensitivity import output_metrics
 from nettrim.tracing import trace
 
@@ -90,6 +90,14 @@ class TestBlocks:
             by_blocks(decoder(), TOKENS[:4])
         whole, *parts = (size for size in sizes if size)  # the head's is the first of the parts
         assert len(parts) == 3 and max(parts) < 0.5 * whole
+
+    def test_one_through_which_no_gradient_comes(self) -> None:
+        class Detaching(Mixer):
+            def mixed(self, hidden: Tensor, window: Tensor, turn: Tensor) -> Tensor:
+                return super().mixed(hidden, window, turn).detach()
+
+        with pytest.raises(ArgumentError, match="no gradient comes through the network"):
+            prune(of(Detaching), TOKENS, sparsity=0.5, fidelity="diagonal", targets="blocks.*")
 
     def test_where_other_layers_are_pruned_the_whole_network_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sensitivity, "_walked", lambda *a: pytest.fail("walked"))
