@@ -31,7 +31,6 @@ _INTO: ContextVar[nn.Module | None] = ContextVar("into", default=None)
 
 
 @torch.inference_mode(False)
-@left_out()
 def prune(
     model: nn.Module,
     calibration: Any,
@@ -213,32 +212,35 @@ def prune(
     if targets is not None:
         targets = selection.listed(targets, "targets")
     ignore = selection.listed(ignore, "ignore")
-    run = calibrations.runner(forward_fn)
-    found = calibrations.batches(calibration)
-    solve_on, keep_out = calibrations.split(found, options.holdout, options.seed)
-    before = Before(model)
+    before: Before | None = None
     try:
-        spread = executor is not None and mode == "parallel"
-        traced, chain, said = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore)
-        with contextlib.ExitStack() as stack:
-            checkpoint = None
-            if checkpoint_dir is not None:
-                fingerprint = fingerprints.of_run(model, found, options, targets=targets, ignore=ignore, forward_fn=forward_fn, device=device)
-                checkpoint = stack.enter_context(checkpoints.opened(checkpoint_dir, fingerprint))
-            task = Task(model, solve_on, keep_out, run, traced, targets, ignore, device, progress, executor, _INTO.get(), chain, said, checkpoint)
-            result = trials.execute(task, options)
-        before.check_weights()
-        if checkpoint is not None:
-            noted = {**result.report.options, "checkpoint": checkpoint.summary()}
-            result = dataclasses.replace(result, report=dataclasses.replace(result.report, options=noted))
-        result = dataclasses.replace(result, report=digests.sign(result.report, model, result.model, found))
-        if inplace:
-            here = layers.matrices(model)
-            before.keep_weights([here[layer.name].module for layer in result.report.layers])
-            result = _transfer(result, model)
+        with left_out():
+            run = calibrations.runner(forward_fn)
+            found = calibrations.batches(calibration)
+            solve_on, keep_out = calibrations.split(found, options.holdout, options.seed)
+            before = Before(model)
+            spread = executor is not None and mode == "parallel"
+            traced, chain, said = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore)
+            with contextlib.ExitStack() as stack:
+                checkpoint = None
+                if checkpoint_dir is not None:
+                    fingerprint = fingerprints.of_run(model, found, options, targets=targets, ignore=ignore, forward_fn=forward_fn, device=device)
+                    checkpoint = stack.enter_context(checkpoints.opened(checkpoint_dir, fingerprint))
+                task = Task(model, solve_on, keep_out, run, traced, targets, ignore, device, progress, executor, _INTO.get(), chain, said, checkpoint)
+                result = trials.execute(task, options)
+            before.check_weights()
+            if checkpoint is not None:
+                noted = {**result.report.options, "checkpoint": checkpoint.summary()}
+                result = dataclasses.replace(result, report=dataclasses.replace(result.report, options=noted))
+            result = dataclasses.replace(result, report=digests.sign(result.report, model, result.model, found))
+            if inplace:
+                here = layers.matrices(model)
+                before.keep_weights([here[layer.name].module for layer in result.report.layers])
+                result = _transfer(result, model)
         return result
     except BaseException:
-        before.put_back()
+        if before is not None:
+            before.put_back()
         raise
 
 

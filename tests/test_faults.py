@@ -27,6 +27,14 @@ def test_an_exception_at_any_line_leaves_the_model(call: str) -> None:
 
 
 
+@pytest.mark.parametrize("call", ("threads", "exact zeros, in place"))
+def test_an_exception_behind_the_last_write(call: str) -> None:
+    """The network is the pruned one by then, and what the call was made under is put back."""
+    lines = len(soak_faults.places(call))
+    for index in range(lines - 12, lines):
+        assert soak_faults.inject(call, index, RuntimeError) == []
+
+
 @pytest.mark.parametrize("call", ("cascade, in place", "exact zeros, in place"))
 def test_an_interrupt_of_the_cleaning_up_itself(call: str) -> None:
     """In front of each line of the ``finally`` blocks, the first and the last time that it runs."""
