@@ -136,7 +136,8 @@ def set_goals(
     for layer in (one for one in wanted if one.name in shares and pattern is not NEURON):  # before hours of solving, not when it is the layer's turn
         M, N = layer.matrix.shape
         pattern.check((M // layer.matrix.groups, N), f"layer {layer.name!r}")
-    weighs = options.fidelity == "network" or (options.fidelity == "diagonal" and pattern.counts_together)
+    # where every output has a number of weights of its own, it does not matter which outputs count for more
+    weighs = options.fidelity == "network" or (options.fidelity == "diagonal" and pattern.share is None)
     if pattern is not NEURON and (spreads or weighs):
         metrics = measured.metrics = measured.metrics or _metrics(model, batches, run, wanted, options, spreads, chain)
     if spreads:

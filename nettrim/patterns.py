@@ -65,11 +65,6 @@ class Pattern:
         """Share of the weights that the pattern itself keeps; None where a sparsity says it."""
         return None if self.kept_of is None else self.kept_of[0] / self.kept_of[1]
 
-    @property
-    def counts_together(self) -> bool:
-        """Whether outputs share a number of weights, so that it matters which of them count for more."""
-        return self.kept_of is None
-
     def check(self, shape: tuple[int, int], what: str) -> None:
         """Refuse a shape that the pattern does not tile.
 

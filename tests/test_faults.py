@@ -26,7 +26,6 @@ def test_an_exception_at_any_line_leaves_the_model(call: str) -> None:
     assert (found.wrong, found.complaints) == (0, [])
 
 
-
 @pytest.mark.parametrize("call", ("threads", "exact zeros, in place"))
 def test_an_exception_behind_the_last_write(call: str) -> None:
     """The network is the pruned one by then, and what the call was made under is put back."""
