@@ -85,6 +85,9 @@ class World:
                 torch.get_num_threads(),
                 torch.get_rng_state().numpy().tobytes(),
                 _get_current_dispatch_mode(),
+                torch.is_autocast_enabled("cpu"),
+                torch.is_autocast_cache_enabled(),
+                torch.get_default_device(),
             ),
             {
                 "threads": threading.active_count(),

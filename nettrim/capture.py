@@ -268,14 +268,7 @@ class Outputs:
 
     def add(self, output: Any, index: int) -> None:
         """Of batch ``index``; the errors are those of `outputs`."""
-        tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        if not tensors:
-            raise CalibrationError(
-                f"the network returned a {type(output).__name__} without a floating-point tensor for batch {index}; expected outputs that can be "
-                "compared: give a forward_fn that returns them"
-            )
-        for tensor in tensors:
-            _require_finite(tensor, "the network's output", index)
+        tensors = comparable(output, index)
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         self._found.append([tensor.to(wide, copy=True) for tensor in tensors])
 
@@ -287,6 +280,19 @@ class Outputs:
             return torch.cat([tensors[0].flatten(0, -2) for tensors in found])
         elements = [tensor.reshape(-1, 1) for tensors in found for tensor in tensors]
         return torch.cat([element.to(elements[0].device) for element in elements])
+
+
+def comparable(output: Any, index: int) -> list[Tensor]:
+    """The floating-point tensors in what a network returned of batch ``index``; the errors are those of `outputs`."""
+    tensors = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+    if not tensors:
+        raise CalibrationError(
+            f"the network returned a {type(output).__name__} without a floating-point tensor for batch {index}; expected outputs that can be "
+            "compared: give a forward_fn that returns them"
+        )
+    for tensor in tensors:
+        _require_finite(tensor, "the network's output", index)
+    return tensors
 
 
 def _require_finite(values: Tensor, what: str, index: int) -> None:

@@ -22,8 +22,8 @@ _SAMPLED = 4096  # of a tensor's elements, where two are compared
 _ALIKE = 1e-3  # of the largest: a device may round the same block's sums in another order
 
 
-def find(model: nn.Module, given: object, batches: list[Any], run: Run) -> Chain:
-    """The blocks of a network.
+def candidates(model: nn.Module, given: object) -> tuple[list[str], str]:
+    """The names of what may be the network's blocks, and what they are in words; nothing is run.
 
     Parameters
     ----------
@@ -31,28 +31,34 @@ def find(model: nn.Module, given: object, batches: list[Any], run: Run) -> Chain
     given : str or iterable of str
         ``"auto"``: the children of the ``nn.ModuleList`` or ``nn.Sequential`` that hold most of the network's prunable weights and are of one
         type. Or the name of a module whose children they are, or names of theirs and globs.
-    batches : list
-        On the first of which it is tried; in the others the blocks must be called like there.
-    run : callable(model, batch)
+
+    Raises
+    ------
+    NotBlocks
+        By its structure it has none.
+    ArgumentError
+        A name that the model does not have.
+    """
+    return _by_structure(model) if given == "auto" else _by_name(model, given)
+
+
+def find(model: nn.Module, names: list[str], said: str, batches: list[Any], run: Run) -> Chain:
+    """The network as a chain of the blocks `candidates`, tried on the first of ``batches``; in the others they must be called like there.
 
     Raises
     ------
     NotBlocks
         It is not made of such blocks; the message says why.
-    ArgumentError
-        A name that the model does not have.
     """
-    names, said = _by_structure(model) if given == "auto" else _by_name(model, given)
     try:
         chain = _tried(model, names, said, batches[0], run)
         states = [chain.calls(model, batch, index, run)[1] for index, batch in enumerate(batches)]
-        chain = dataclasses.replace(chain, entries=tuple(state.numel() for state in states))
+        return dataclasses.replace(chain, entries=tuple(state.numel() for state in states))
     except NotBlocks:
         raise
     except Exception as error:  # a model may do anything where its blocks are bypassed, or run alone; run whole it may be sound
         cause = error.__cause__ if isinstance(error, CalibrationError) and error.__cause__ is not None else error
         raise NotBlocks(f"run in parts, it fails ({type(cause).__name__}: {cause})") from error
-    return chain
 
 
 def _weights(module: nn.Module) -> int:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from nettrim import batchnorm, capture, dispatch, layers, passes, selection
 from nettrim import calibration as calibrations
 from nettrim.accumulation import accumulated
-from nettrim.blockwise import Chain
 from nettrim.budgets import Budget
 from nettrim.certificate import Apart, certify, make_promise, network_bound, output_norm, share, stored_discrepancy
 from nettrim.checkpoints import Checkpoint, Record
@@ -33,7 +32,8 @@ from nettrim.selection import Pattern
 from nettrim.solvers import Solution, cg_admm
 from nettrim.stages import Ask, Stage
 from nettrim.storing import Stored, store
-from nettrim.tracing import Trace, TracedLayer, trace
+from nettrim.surveying import Survey
+from nettrim.tracing import TracedLayer, trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +62,13 @@ class Task:
     solve_on: list[Any]
     keep_out: list[Any]
     run: calibrations.Run
-    trace: Trace
+    surveyed: Survey
     targets: Iterable[Pattern] | Pattern | None
     ignore: Iterable[Pattern] | Pattern
     device: torch.device | str | None
     progress: bool | Callable[[ProgressEvent], None] | None
     executor: Executor | None
     into: nn.Module | None = None  # what is pruned, where it is no copy made here
-    chain: Chain | None = None
-    blocks: str | None = None  # what they are, in words, or why there are none
     checkpoint: Checkpoint | None = None
     measured: Measured = dataclasses.field(default_factory=Measured)
 
@@ -78,7 +76,8 @@ class Task:
 def execute(task: Task, options: Options) -> PruneResult:
     """Prune a copy of the task's model, once, and certify it; the errors are those of :func:`nettrim.prune`."""
     start = time.perf_counter()
-    model, run, traced, solve_on, keep_out, device = task.model, task.run, task.trace, task.solve_on, task.keep_out, task.device
+    model, run, solve_on, keep_out, device = task.model, task.run, task.solve_on, task.keep_out, task.device
+    traced, chain, blocks, dense_output = task.surveyed
     kept = None if task.checkpoint is None else task.checkpoint.execution(options)
     names, skipped = selection.select(model, traced, task.targets, task.ignore)
     goals = _goals(task, names, skipped, options)
@@ -91,9 +90,9 @@ def execute(task: Task, options: Options) -> PruneResult:
         )
     if options.recalibrate_batchnorm:
         batchnorm.require(model)
-    # before hours of solving, not after: the network's outputs can be compared
-    chain = task.chain
-    dense_outputs = [capture.outputs(model, part if chain is None else part[:1], run) for part in (solve_on, keep_out) if part]
+    dense_outputs = [capture.outputs(model, solve_on, run) if dense_output is None else dense_output] if chain is None else []
+    if keep_out:  # can be compared, too: before hours of solving, not after
+        dense_outputs.append(capture.outputs(model, keep_out if chain is None else keep_out[:1], run))
     pruned = layers.copy_of(model) if task.into is None else task.into
     route: Whole | Blocks
     if chain is None:
@@ -185,7 +184,7 @@ def execute(task: Task, options: Options) -> PruneResult:
         layers=tuple(reports),
         skipped=skipped,
         certificate=certify(tuple(reports), outputs[0], outputs[1] if keep_out else None, guaranteed, why_not),
-        options={**options.describe(), "blocks": task.blocks},
+        options={**options.describe(), "blocks": blocks},
         density=sum(r.nonzeros for r in reports) / entries if entries else 1.0,
         seconds=time.perf_counter() - start + resumed_seconds,
     )
@@ -215,7 +214,8 @@ def _goals(task: Task, names: list[str], skipped: dict[str, str], options: Optio
     if task.checkpoint is not None and unknown:
         task.checkpoint.load_measured(task.measured)
         unknown = not task.measured.metrics
-    goals = set_goals(task.model, task.trace, names, skipped, options, task.solve_on, task.run, task.device, task.measured, task.chain)
+    traced, chain, _, _ = task.surveyed
+    goals = set_goals(task.model, traced, names, skipped, options, task.solve_on, task.run, task.device, task.measured, chain)
     if task.checkpoint is not None and unknown and task.measured.metrics:
         task.checkpoint.save_measured(task.measured)
     return goals

@@ -220,13 +220,13 @@ def prune(
             solve_on, keep_out = calibrations.split(found, options.holdout, options.seed)
             before = Before(model)
             spread = executor is not None and mode == "parallel"
-            traced, chain, said = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore)
+            surveyed = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore)
             with contextlib.ExitStack() as stack:
                 checkpoint = None
                 if checkpoint_dir is not None:
                     fingerprint = fingerprints.of_run(model, found, options, targets=targets, ignore=ignore, forward_fn=forward_fn, device=device)
                     checkpoint = stack.enter_context(checkpoints.opened(checkpoint_dir, fingerprint))
-                task = Task(model, solve_on, keep_out, run, traced, targets, ignore, device, progress, executor, _INTO.get(), chain, said, checkpoint)
+                task = Task(model, solve_on, keep_out, run, surveyed, targets, ignore, device, progress, executor, _INTO.get(), checkpoint)
                 result = trials.execute(task, options)
             before.check_weights()
             if checkpoint is not None:

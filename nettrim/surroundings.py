@@ -19,8 +19,10 @@ def left_out() -> Iterator[None]:
     As long as the caller's autocast lasts, torch keeps what it made of a weight, and would go on with what the weight was before it was pruned: none
     of that is used here or left behind.
     """
-    cached, device = torch.is_autocast_cache_enabled(), torch.get_default_device()
-    with ExitStack() as stack:
+    device = torch.get_default_device()
+    with ExitStack() as stack:  # which puts all back, wherever an exception strikes
+        stack.callback(torch.clear_autocast_cache)
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -28,11 +30,7 @@ def left_out() -> Iterator[None]:
             stack.callback(_CALLERS.reset, _CALLERS.set(device))
             stack.enter_context(torch.device("cpu"))
         torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-            torch.clear_autocast_cache()
+        yield
 
 
 @contextmanager

@@ -8,18 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from nettrim import selection
 from nettrim.blockwise import Chain, NotBlocks
 from nettrim.calibration import Run
+from nettrim.capture import Outputs, comparable
 from nettrim.errors import ArgumentError
-from nettrim.finding import find
+from nettrim.finding import candidates, find
 from nettrim.routes import check_order
 from nettrim.selection import Pattern
 from nettrim.tracing import Trace, trace
+
+
+class Survey(NamedTuple):
+    """What was found out.
+
+    Attributes
+    ----------
+    trace : Trace
+    chain : Chain or None
+        The network's blocks, as they were asked for; None where it is run whole.
+    said : str
+        What they are, in words, or why there are none.
+    outputs : Tensor or None
+        The network's outputs of the samples solved on, joined by :class:`nettrim.capture.Outputs`; None where they were not wanted.
+    """
+
+    trace: Trace
+    chain: Chain | None
+    said: str
+    outputs: Tensor | None
 
 
 def survey(
@@ -32,25 +53,42 @@ def survey(
     spread: bool,
     targets: Iterable[Pattern] | Pattern | None,
     ignore: Iterable[Pattern] | Pattern,
-) -> tuple[Trace, Chain | None, str]:
-    """The network's trace; its blocks, as they were asked for, and what they are in words, or why there are none.
+) -> Survey:
+    """Trace the network and look for its blocks; its outputs are looked at, so that no hours are spent on what cannot be compared in the end.
 
     ``spread`` says that an executor solves all layers at once. The other arguments and the errors are those of :func:`nettrim.prune`.
     """
     batches = [*solve_on, *keep_out]
-    found: list[tuple[Chain | None, str]] = []
+    named, said = _named(model, blocks, spread)
+    outputs = Outputs()
+    found: list[tuple[Chain | None, str]] = [] if named is not None else [(None, said)]
+
+    def tried(traced: Trace) -> tuple[Chain | None, str]:
+        assert named is not None
+        try:
+            return _ordered(find(model, named, said, batches, run), blocks, traced)
+        except NotBlocks as error:
+            return _none(blocks, error)
 
     def suffices(first: Trace) -> Fraction | None:
-        found.append(_chain(model, blocks, batches, run, first, spread))
+        if named is None:
+            return None
+        found.append(tried(first))
         chain, _ = found[0]
         return None if chain is None else _times(chain, model, first, len(solve_on), targets, ignore)
 
-    traced = trace(model, solve_on, run, suffices=suffices)
+    def note(output: Any, index: int) -> None:
+        if named is None:
+            outputs.add(output, index)
+        else:  # all of a network of blocks' may be more than fits
+            comparable(output, index)
+
+    traced = trace(model, solve_on, run, note, suffices=suffices)
     if not found:
-        found.append(_chain(model, blocks, batches, run, traced, spread))
+        found.append(tried(traced))
     elif found[0][0] is not None and not traced.of_first:
         found[0] = _ordered(found[0][0], blocks, traced)
-    return traced, *found[0]
+    return Survey(traced, *found[0], outputs.joined() if outputs else None)
 
 
 def _times(
@@ -69,8 +107,8 @@ def _times(
     return times if inside and all((layer.rows * times).denominator == 1 for layer in first.layers) else None
 
 
-def _chain(model: nn.Module, given: Any, batches: list[Any], run: Run, traced: Trace, spread: bool) -> tuple[Chain | None, str]:
-    """The network's blocks, and what they are in words, or why there are none.
+def _named(model: nn.Module, given: Any, spread: bool) -> tuple[list[str] | None, str]:
+    """The names of what may be the network's blocks, and what they are in words; or None, and why there are none.
 
     Raises
     ------
@@ -84,10 +122,9 @@ def _chain(model: nn.Module, given: Any, batches: list[Any], run: Run, traced: T
             raise ArgumentError("blocks was given with an executor in parallel mode, which solves all layers at once; leave out one of them")
         return None, "none: an executor solves all layers at once"
     try:
-        chain = find(model, given, batches, run)
+        return candidates(model, given)
     except NotBlocks as error:
         return _none(given, error)
-    return _ordered(chain, given, traced)
 
 
 def _ordered(chain: Chain, given: Any, traced: Trace) -> tuple[Chain | None, str]:

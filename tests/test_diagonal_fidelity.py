@@ -40,7 +40,7 @@ def test_it_serves_the_networks_output_less_than_the_matrix_and_more_than_the_la
 def by_blocks(model: nn.Module, inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Diagonals of all layers in blocks, from the whole network's gradients, and block by block."""
     batches, run = calibration.batches(list(inputs.split(4))), calibration.runner()
-    chain = finding.find(model, "auto", batches, run)
+    chain = finding.find(model, *finding.candidates(model, "auto"), batches, run)
     wanted = [layer for layer in trace(model, batches, run).layers if chain.place(layer.module_name) is not None]
     found = [output_metrics(model, batches, run, wanted, 0, diagonal=True, chain=how) for how in (None, chain)]
     assert found[0] is not None and found[1] is not None and found[0].keys() == found[1].keys()

@@ -234,7 +234,7 @@ STAGES = (
     [("surveying.trace", 1), ("layers.copy_of", 1), ("network_bound", 1), ("certify", 1), ("Report", 1)]
     + [(stage, call) for stage in ("store", "dispatch._solve", "goals.make_budget", "_layer_report") for call in (1, 2)]
     + [("capture.kept", call) for call in (1, 2, 3, 4)]
-    + [("capture.outputs", call) for call in (1, 2, 3)]
+    + [("capture.outputs", call) for call in (1, 2)]
     + [("capture.Outputs.add", call) for call in (1, 4)]
     + [("layers.Matrix.write_back", call) for call in (1, 2, 3, 4)]
     + [("layers.Matrix.forward_rows", 1)]
