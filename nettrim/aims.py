@@ -53,10 +53,15 @@ class Aim:
         """Those of the program: of ``Â`` and ``T``, with the rows of the damping."""
         found, W = self.seen, self.dense.to(self.seen.C)
         if self.repair < 1:
-            found = dataclasses.replace(found, C=self.repair * found.C + (1 - self.repair) * (W @ found.G))
+            found = dataclasses.replace(found, C=self.repair * found.C + (1 - self.repair) * self._dense_correlations)
         if self.damping > 0:
             found = Moments(found.gram.damped(self.damping, self.columns), found.C + W * self._energy)
         return found
+
+    @cached_property
+    def _dense_correlations(self) -> Tensor:
+        """``W G``, (M, N)."""
+        return self.dense.to(self.seen.C) @ self.seen.G
 
     @property
     def _energy(self) -> Tensor:
@@ -79,9 +84,10 @@ class Aim:
         moved = W - self.dense.to(W)
         found = self.repair**2 * apart
         if self.repair < 1:
-            lean, V = 1 - self.repair, W @ self.seen.G
+            lean, change = 1 - self.repair, moved @ self.seen.G
+            V = self._dense_correlations + change
             crossed = 2 * self.repair * lean * self._weighed(V - self.seen.C, moved)
-            own = lean**2 * self._weighed(moved @ self.seen.G, moved)
+            own = lean**2 * self._weighed(change, moved)
             size = found + abs(crossed) + own
             found += crossed + own
             if not (found > _CANCELLED * size and found > _ROUNDED * self._weighed(V, W)):

@@ -113,7 +113,7 @@ def _curve(G: Tensor, W: Tensor, metric: Tensor, has_bias: bool) -> Curve:
         value = 0.0
         for problem, start, C, number in zip(problems, starts, products, each, strict=True):
             supports = make_supports(UNSTRUCTURED.text, number, counted, (height, N), None)
-            value += refit(problem, C, *search(problem, C, supports, start)).value
+            value += problem.value(refit(problem, C, *search(problem, C, supports, start)).W, C)
         kept.append(count)
         errors.append(max(total + 2 * value, 1e-12 * total))
     if len(kept) == 1:

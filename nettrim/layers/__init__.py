@@ -119,8 +119,8 @@ def check_parameters(model: nn.Module) -> None:
                     f"parameter {name!r} has dtype {parameter.dtype} in a {type(parameter.data).__name__}; expected a "
                     "plain float16, bfloat16, float32 or float64 tensor: give the model before quantisation"
                 )
-            bad = int((~torch.isfinite(parameter)).sum())
-            if bad:
+            finite = bool(torch.isfinite(parameter.detach().sum()))  # one pass, where all is well; a sum may overflow without them
+            if not finite and (bad := int((~torch.isfinite(parameter)).sum())):
                 raise ArgumentError(
                     f"parameter {name!r} holds {bad} NaN or infinite value(s) among {parameter.numel()}; expected "
                     "finite weights: check how the model was trained or loaded"

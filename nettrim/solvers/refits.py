@@ -26,15 +26,14 @@ _SETTLED = {torch.float32: 3e-4, torch.float64: 1e-12}  # of what the value is o
 
 @dataclass(frozen=True)
 class Fit:
-    """A support (M, N), its least squares (M, N) float64, and their value, up to the constant half of what ``W = 0`` leaves.
+    """A support (M, N) and its least squares (M, N) float64.
 
-    ``cost`` (M, N), where it was asked for: by how much the value rises when one weight of the support is removed, ``w_i² / 2[G_SS⁻¹]_ii`` (from the
-    optimality of the refit).
+    ``cost`` (M, N), where it was asked for: by how much their value rises when one weight of the support is removed, ``w_i² / 2[G_SS⁻¹]_ii`` (from
+    the optimality of the refit).
     """
 
     mask: Tensor
     W: Tensor
-    value: float
     cost: Tensor | None = None
 
 
@@ -49,7 +48,7 @@ def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = No
         factor = _factor(problem.G.clone())
         W = torch.cholesky_solve(C.T, factor).T
         exact = torch.cholesky_inverse(factor).diagonal() if costs and problem.S is None else 1.0
-        return Fit(mask, W, problem.value(W, C), 0.5 * W.square() / exact if costs else None)
+        return Fit(mask, W, 0.5 * W.square() / exact if costs else None)
     W, cost = torch.zeros_like(C), torch.zeros_like(C) if costs else None
     if problem.S is not None or float((counts.double() ** 3).sum()) > _CHOLESKY_WORK:
         W = _conjugate_gradients(problem, C, mask, W if start is None else start)
@@ -59,7 +58,7 @@ def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = No
             W[rows], part = _batch(problem.G, C[rows], mask[rows], costs)
             if cost is not None and part is not None:
                 cost[rows] = part
-    return Fit(mask, W, problem.value(W, C), cost)
+    return Fit(mask, W, cost)
 
 
 def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor) -> Tensor:
