@@ -14,7 +14,7 @@ import nettrim
 from nettrim import Certificate, ConvergenceError, LayerReport, NetTrimError, layers
 from nettrim.activations import RELU
 from nettrim.capture import Seen
-from nettrim.certificate import certify, stored_discrepancy
+from nettrim.certificate import certify, make_promise, stored_discrepancy
 from nettrim.observation import Observation
 from nettrim.observing import Layer
 
@@ -190,3 +190,17 @@ def test_the_discrepancy_is_that_of_the_stored_weights(dtype: torch.dtype) -> No
         seen = Observation(matrix, None, lambda rows=given: iter([Seen(rows[:, :-1], Y.to(rows))]))
         measured = stored_discrepancy(matrix, Layer("fc", matrix, matrix.as_matrix().to(given), None, activation, False, seen))
         assert measured == pytest.approx(float(expected.norm()), rel=4 * torch.finfo(dtype).eps + 1e-6)
+
+
+@pytest.mark.parametrize("largest", (0.0, 1.0, 1e3, 1e12, 1e25))
+def test_the_size_of_sums_is_known_from_some_rows(largest: float) -> None:
+    """Also where a few rows are all of it, as those of a language model's first token; the squares of the last are more than float32 holds."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 20)
+    A = torch.randn(5000, 30) * torch.rand(5000, 1)
+    A[::700] *= largest
+    matrix = layers.only_matrix(model)
+    rows = torch.cat([A, torch.ones(5000, 1)], 1)
+    seen = Layer("", matrix, matrix.as_matrix(), None, None, False, Observation(matrix, None, lambda: iter([Seen(A, model(A).detach(), None)])))
+    exact = rows.double().abs() @ matrix.as_matrix().double().abs().T
+    assert make_promise(matrix, seen, 0.0, None).sums_norm == pytest.approx(float(exact.norm()), rel=0.02)
