@@ -193,7 +193,7 @@ def observe(
     With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
     convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same. ``summed`` says that
     it is wanted, of both networks, what the layer's outputs are added to, ``crosses`` that the sums for its program are to be made of its inputs in
-    both.
+    both (`is_wide`).
 
     Raises
     ------
@@ -309,3 +309,9 @@ def _add_cross(cross: Tensor | None, matrix: Matrix, dense: Tensor, disturbed: T
         cross = A.T @ disturbed_rows if cross is None else cross.addmm_(A.T, disturbed_rows)
     assert cross is not None
     return cross
+
+
+def is_wide(layer: TracedLayer) -> bool:
+    """Whether the layer has more outputs than inputs: products with inputs are less work then, and layers with one input share them."""
+    M, N = layer.matrix.shape
+    return M > N and is_linear(layer.matrix.kind)

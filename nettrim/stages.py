@@ -25,7 +25,7 @@ from nettrim.layers import Matrix
 from nettrim.layers.linear import is_linear
 from nettrim.memory import Room, give_back
 from nettrim.observation import HELD_ELEMENTS
-from nettrim.observing import Layer, directions, observe, observed
+from nettrim.observing import Layer, directions, is_wide, observe, observed
 from nettrim.replay import Replay
 from nettrim.tracing import TracedLayer
 
@@ -61,14 +61,9 @@ class Ask:
     def wants_sum(self, layer: TracedLayer) -> bool:
         return self.cascade and self.sums and layer.summed
 
-    def may_cross(self, layer: TracedLayer) -> bool:
-        """Whether the sums for its program may be made of its inputs in both networks."""
-        return self.cascade and self.sums and not layer.summed and self.max_rows is None and is_linear(layer.matrix.kind)
-
     def wants_cross(self, layer: TracedLayer) -> bool:
-        """Whether they are to be: products with inputs are less work where there are more outputs."""
-        M, N = layer.matrix.shape
-        return self.may_cross(layer) and M > N
+        """Whether the sums for its program are to be made of its inputs in both networks."""
+        return self.cascade and self.sums and not layer.summed and self.max_rows is None and is_wide(layer)
 
 
 @dataclass(eq=False)
@@ -128,7 +123,6 @@ class Block(Stage):
     _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
     _dense: dict[str, list[Seen]] = field(default_factory=dict)
     _along: dict[str, Tensor] = field(default_factory=dict)  # directions along which the dense inputs are known, where they are not held
-    _whole: set[str] = field(default_factory=set)  # those that they are held of nevertheless
     replay: Replay = field(default_factory=Replay)
     _groups: dict[str, str] | None = None
     _inputs: tuple[str, list[Seen]] | None = None
@@ -157,7 +151,7 @@ class Block(Stage):
                 unfold=ask.unfold,
                 gram=self._gram[1],
                 along=self._along.get(layer.name),
-                crosses=self._crosses(layer, ask),
+                crosses=ask.wants_cross(layer),
                 outputs=partial(self._stored, layer) if ask.cascade and layer.name in self._dense else None,
             )
         finally:
@@ -175,10 +169,10 @@ class Block(Stage):
 
         widths = {layer.matrix.shape[1] for layer in self.layers if ask.wants_cross(layer)}
         # what they are given may be what one is given whose dense inputs are wanted themselves
-        self._whole = {layer.name for layer in self.layers if layer.matrix.shape[1] in widths and not ask.wants_sum(layer)}
+        whole = {layer.name for layer in self.layers if layer.matrix.shape[1] in widths and not ask.wants_sum(layer)}
 
         def place(name: str, what: str, tensor: Tensor) -> Tensor:
-            if what == "kept" and name in self._along and name not in self._whole:
+            if what == "kept" and name in self._along and name not in whole:
                 with torch.autocast(tensor.device.type, enabled=False):  # which the network may run under
                     tensor = tensor.to(self._along[name]) @ self._along[name]
             return rooms[name, what].put(tensor)
@@ -215,13 +209,6 @@ class Block(Stage):
         give_back()
         if self.hidden is not None and held and ask.cascade and all(is_linear(layer.matrix.kind) for layer in self.layers):
             self.solve.dense.clear()  # all that the dense block is asked for is known: its hidden states need not be kept
-
-    def _crosses(self, layer: TracedLayer, ask: Ask) -> bool:
-        """As `Ask.wants_cross`, of the layers that are given one input together: they share the products."""
-        assert self._groups is not None
-        alike = [other for other in self.layers if self._groups[other.name] == self._groups[layer.name] and ask.may_cross(other)]
-        whole = layer.name not in self._along or layer.name in self._whole
-        return whole and layer in alike and sum(other.matrix.shape[0] for other in alike) > layer.matrix.shape[1]
 
     def _given(self, layer: TracedLayer, ask: Ask) -> Iterator[Seen]:
         if layer.name in self._dense:
