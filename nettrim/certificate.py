@@ -20,7 +20,6 @@ from nettrim.report import Certificate, LayerReport
 from nettrim.tracing import Trace, TracedLayer
 
 _AVERAGED = 2**20  # sums from which their roundings to bfloat16 leave less than 1e-5 of a norm over all of them
-_PICKED = 512  # rows of a chunk that say what sums over all of its rows are
 _CACHED = 2**18  # of a layer's outputs at a time
 _CHUNK = 2**22  # of an output's elements at a time
 
@@ -125,18 +124,7 @@ class _Sums:
         self._layer, self._larger, self._square = layer, larger, 0.0
 
     def add(self, A: Tensor) -> None:
-        """The rows of a chunk; of many, some for all: row p as often as ``‖a_p‖₁²`` says, which is about what it adds, and as much lighter."""
-        sizes = torch.linalg.vector_norm(A, 1, dim=1).double().square().cumsum(0)
-        if len(A) <= 2 * _PICKED or not 0 < float(sizes[-1]) < math.inf:
-            self._square += square_sum(self._summed(A))
-            return
-        shares = (torch.arange(_PICKED, dtype=sizes.dtype, device=A.device) + 0.5) / _PICKED
-        picked = A[torch.searchsorted(sizes, shares * sizes[-1])]
-        weights = torch.linalg.vector_norm(picked, 1, dim=1, keepdim=True) * math.sqrt(_PICKED / float(sizes[-1]))
-        self._square += square_sum(self._summed(picked) / weights)
-
-    def _summed(self, A: Tensor) -> Tensor:
-        return self._layer.apply(self._larger, A.to(self._larger.dtype).abs()).to(self._layer.dense.dtype)
+        self._square += square_sum(self._layer.apply(self._larger, A.to(self._larger.dtype).abs()).to(self._layer.dense.dtype))
 
     @property
     def norm(self) -> float:

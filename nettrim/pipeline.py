@@ -90,9 +90,13 @@ def execute(task: Task, options: Options) -> PruneResult:
         )
     if options.recalibrate_batchnorm:
         batchnorm.require(model)
-    dense_outputs = [capture.outputs(model, solve_on, run) if dense_output is None else dense_output] if chain is None else []
-    if keep_out:  # can be compared, too: before hours of solving, not after
-        dense_outputs.append(capture.outputs(model, keep_out if chain is None else keep_out[:1], run))
+    dense_outputs: list[Tensor] = []
+    if chain is None:
+        traced_too = traced.chain and not options.recalibrate_batchnorm  # as the pruned network's will be: a compiled one is run otherwise
+        dense_outputs = [capture.outputs(model, solve_on, run) if dense_output is None or not traced_too else dense_output]
+        dense_outputs += [capture.outputs(model, part, run) for part in (keep_out,) if part]
+    elif keep_out:  # can be compared, too: before hours of solving, not after
+        capture.outputs(model, keep_out[:1], run)
     pruned = layers.copy_of(model) if task.into is None else task.into
     route: Whole | Blocks
     if chain is None:

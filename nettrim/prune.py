@@ -199,6 +199,7 @@ def prune(
     options.check()
     options = options.resolved()
     check_device(device)
+    layers.check_initialised(model)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise ArgumentError("the model was made under torch.inference_mode(), where torch neither copies nor changes tensors; make it outside")
     if forward_fn is not None and not callable(forward_fn):

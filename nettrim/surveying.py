@@ -34,7 +34,8 @@ class Survey(NamedTuple):
     said : str
         What they are, in words, or why there are none.
     outputs : Tensor or None
-        The network's outputs of the samples solved on, joined by :class:`nettrim.capture.Outputs`; None where they were not wanted.
+        Of a network that is run whole and is a chain of its layers, its outputs of the samples solved on, as they came in the trace, joined by
+        :class:`nettrim.capture.Outputs`.
     """
 
     trace: Trace
@@ -88,7 +89,7 @@ def survey(
         found.append(tried(traced))
     elif found[0][0] is not None and not traced.of_first:
         found[0] = _ordered(found[0][0], blocks, traced)
-    return Survey(traced, *found[0], outputs.joined() if outputs else None)
+    return Survey(traced, *found[0], outputs.joined() if traced.chain and outputs else None)
 
 
 def _times(

@@ -192,15 +192,16 @@ def test_the_discrepancy_is_that_of_the_stored_weights(dtype: torch.dtype) -> No
         assert measured == pytest.approx(float(expected.norm()), rel=4 * torch.finfo(dtype).eps + 1e-6)
 
 
-@pytest.mark.parametrize("largest", (0.0, 1.0, 1e3, 1e12, 1e25))
-def test_the_size_of_sums_is_known_from_some_rows(largest: float) -> None:
-    """Also where a few rows are all of it, as those of a language model's first token; the squares of the last are more than float32 holds."""
+@pytest.mark.parametrize("largest", (0.0, 1.0, 1e3, 1e12))
+def test_the_size_of_all_sums_is_known_to_what_the_verifier_allows(largest: float) -> None:
+    """Also where a few rows are all of it, as those of a language model's first token, and where each row meets one column alone."""
     torch.manual_seed(0)
-    model = nn.Linear(30, 20)
-    A = torch.randn(5000, 30) * torch.rand(5000, 1)
+    model = nn.Linear(32, 24, bias=False)
+    with torch.no_grad():
+        model.weight[:, 3::8] *= 1e-3
+    A = torch.eye(32).repeat(1500, 1) + torch.randn(48000, 32) * (torch.arange(48000) % 2).unsqueeze(1)
     A[::700] *= largest
     matrix = layers.only_matrix(model)
-    rows = torch.cat([A, torch.ones(5000, 1)], 1)
     seen = Layer("", matrix, matrix.as_matrix(), None, None, False, Observation(matrix, None, lambda: iter([Seen(A, model(A).detach(), None)])))
-    exact = rows.double().abs() @ matrix.as_matrix().double().abs().T
-    assert make_promise(matrix, seen, 0.0, None).sums_norm == pytest.approx(float(exact.norm()), rel=0.02)
+    exact = A.double().abs() @ matrix.as_matrix().double().abs().T
+    assert make_promise(matrix, seen, 0.0, None).sums_norm == pytest.approx(float(exact.norm()), rel=1e-4 if largest <= 1 else 5e-3)

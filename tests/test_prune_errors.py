@@ -163,6 +163,13 @@ def test_a_quantised_model() -> None:
         prune(model, INPUTS, epsilon=0.1)
 
 
+def test_a_model_without_values() -> None:
+    with pytest.raises(ArgumentError, match="'0.weight' is not initialised yet; run the model on one batch first"):
+        prune(torch.nn.Sequential(torch.nn.LazyLinear(4)), INPUTS, epsilon=0.1)
+    with pytest.raises(ArgumentError, match="'0.weight' is on the meta device"):
+        prune(torch.nn.Sequential(torch.nn.Linear(8, 4, device="meta")), INPUTS, epsilon=0.1)
+
+
 def test_a_model_that_is_none() -> None:
     with pytest.raises(ArgumentError, match="model is a function; expected a torch.nn.Module"):
         prune(lambda x: x, INPUTS, epsilon=0.1)  # type: ignore[arg-type]

@@ -91,6 +91,21 @@ def parameter_reason(module: nn.Module) -> str | None:
     return None
 
 
+def check_initialised(model: nn.Module) -> None:
+    """Refuse a model with parameters or buffers that have no values yet.
+
+    Raises
+    ------
+    ArgumentError
+        Naming the first.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ArgumentError(f"parameter {name!r} is not initialised yet; run the model on one batch first")
+        if tensor.is_meta:
+            raise ArgumentError(f"parameter {name!r} is on the meta device and holds no values; load its weights first")
+
+
 def check_parameters(model: nn.Module) -> None:
     """Refuse a model whose parameters cannot be computed with.
 
@@ -100,11 +115,7 @@ def check_parameters(model: nn.Module) -> None:
         Naming the parameter: on the meta device, not initialised, quantised, of another dtype than float16, bfloat16,
         float32 or float64 in a layer, or holding NaN or infinity in a layer. Nothing is changed.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):
-            raise ArgumentError(f"parameter {name!r} is not initialised yet; run the model on one batch first")
-        if tensor.is_meta:
-            raise ArgumentError(f"parameter {name!r} is on the meta device and holds no values; load its weights first")
+    check_initialised(model)
     for key, value in model.state_dict().items():
         # quantised modules keep their weights out of `parameters()`, packed in tuples of the state dict
         packed = value if isinstance(value, tuple | list) else (value,)
