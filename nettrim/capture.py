@@ -18,6 +18,7 @@ from nettrim.errors import CalibrationError, RouteError
 from nettrim.layers import Matrix
 from nettrim.layers.linear import is_linear, silent
 from nettrim.passes import Stop, evaluation, replaced, tensors_in
+from nettrim.precision import all_finite
 from nettrim.sums import Sums
 
 
@@ -296,10 +297,8 @@ def comparable(output: Any, index: int) -> list[Tensor]:
 
 
 def _require_finite(values: Tensor, what: str, index: int) -> None:
-    if bool(torch.isfinite(values.sum())):  # one pass, where all is well; a sum may overflow without them
-        return
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
+    if not all_finite(values):
+        bad = int((~torch.isfinite(values)).sum())
         raise CalibrationError(
             f"{what} holds {bad} NaN or infinite value(s) among {values.numel()} in calibration batch {index}; "
             "expected finite values: check that batch, and the range of the model's dtype"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
+_UNIT = 48  # columns: a multiple of what the kernels of products take at a time; strips of other widths take half as long again
 
 
 def square_sum(x: Tensor) -> float:
@@ -91,9 +93,10 @@ class Moments:
 def add_gram(G: Tensor, A: Tensor) -> None:
     """``G += AᵀA`` in the upper half of ``G``, strip by strip; `symmetric` makes it whole."""
     N = len(G)
-    step = -(-N // _STRIPS)
-    for start in range(0, N, step):
-        G[: start + step, start : start + step].addmm_(A[:, : start + step].T, A[:, start : start + step])
+    step = max(_UNIT, round(N / _STRIPS / _UNIT) * _UNIT)
+    starts = range(0, max(N - _UNIT // 2, 1), step)  # a few columns at the end, as that of ones, go with those before
+    for start, end in itertools.pairwise([*starts, N]):
+        G[:end, start:end].addmm_(A[:, :end].T, A[:, start:end])
 
 
 def symmetric(G: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What precision things are computed in."""
+"""What precision things are computed in, and whether numbers are within its range."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def rough_dtype(like: Tensor) -> torch.dtype | None:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     rough = like.dtype == torch.float32 and like.device.type == "cpu" and supported is not None and supported()
     return torch.bfloat16 if rough else None
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether every number is finite: by their sum, in one pass, where that is; it may overflow without NaN or infinity among them."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

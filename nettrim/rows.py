@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nettrim import sharing
 from nettrim.errors import ArgumentError
+from nettrim.precision import all_finite
 
 CHUNK_ELEMENTS = 1_000_000
 PICKED_ELEMENTS = 32_000_000  # of some columns of rows in memory: up to here they are copied, beyond picked anew from every chunk
@@ -65,7 +66,7 @@ def as_rows(value: object, name: str, like: Tensor | None = None) -> Tensor:
     if like is not None:
         tensor = tensor.to(like.device, like.dtype)
     for chunk in tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))) if tensor.ndim else (tensor,):
-        if not bool(torch.isfinite(chunk).all()):
+        if not all_finite(chunk):
             raise ArgumentError(f"{name} holds NaN or infinity; expected finite numbers")
     return tensor
 

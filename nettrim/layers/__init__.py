@@ -16,6 +16,7 @@ from nettrim.errors import ArgumentError
 from nettrim.layers import attention, convolution, linear, recurrent
 from nettrim.layers.base import Call, Kind, Part, find_kind, is_registered, register, unsupported_reason
 from nettrim.layers.views import ROWS_PER_CHUNK, Matrix, matrices, matrices_of, only_matrix, owners
+from nettrim.precision import all_finite
 from nettrim.sharing import turn
 
 __all__ = [
@@ -130,8 +131,8 @@ def check_parameters(model: nn.Module) -> None:
                     f"parameter {name!r} has dtype {parameter.dtype} in a {type(parameter.data).__name__}; expected a "
                     "plain float16, bfloat16, float32 or float64 tensor: give the model before quantisation"
                 )
-            finite = bool(torch.isfinite(parameter.detach().sum()))  # one pass, where all is well; a sum may overflow without them
-            if not finite and (bad := int((~torch.isfinite(parameter)).sum())):
+            if not all_finite(parameter.detach()):
+                bad = int((~torch.isfinite(parameter)).sum())
                 raise ArgumentError(
                     f"parameter {name!r} holds {bad} NaN or infinite value(s) among {parameter.numel()}; expected "
                     "finite weights: check how the model was trained or loaded"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nettrim.errors import ArgumentError
 from nettrim.layers.base import Call, Kind, Part, find_kind, unsupported_reason
+from nettrim.precision import all_finite
 
 ROWS_PER_CHUNK = 4096
 
@@ -98,10 +99,10 @@ class Matrix:
             parameter = self.module.get_parameter(key).detach()
             taken = self.part.rows if key == self.part.weight else self.part.bias_rows
             target = parameter if taken is None else parameter[taken]
-            if not torch.isfinite(piece).all():
+            if not all_finite(piece):
                 raise ArgumentError(f"the matrix for {key!r} holds NaN or infinity; expected finite values")
             value = piece.detach().to(device=target.device, dtype=target.dtype)
-            if not torch.isfinite(value).all():
+            if not all_finite(value):
                 raise ArgumentError(
                     f"a value of size {float(piece.abs().max()):.4g} for {key!r} is beyond the range of {target.dtype} "
                     f"(largest {torch.finfo(target.dtype).max:.4g}); rescale the layer or use a wider dtype"

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nettrim.grams import add_gram, symmetric
 from nettrim.patterns import Supports
 from nettrim.precision import working_dtype
 from nettrim.programs import LayerProgram
@@ -113,13 +114,15 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
     C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
     # products of a chunk are as precise as the search; the sum over the chunks is in float64
     for _, A, Y, V in program.row_chunks(program.dtype if dtype == torch.float32 else torch.float64):
-        G += A.T @ A
+        half = A.new_zeros(N, N)
+        add_gram(half, A)
+        G += half
         T = Y
         if program.relu and initial is not None:
             Z = A @ initial.to(A).T
             T = Z - program.residual(Z, Y, V)
         C += T.T @ A
-    quadratic, column, row = normalised(G, program.metric, dtype)
+    quadratic, column, row = normalised(symmetric(G), program.metric, dtype)
     return _Problem(program, quadratic, column, row, C / column * row)
 
 
