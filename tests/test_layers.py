@@ -10,6 +10,7 @@ from torch import nn
 
 from nettrim import layers
 from nettrim.errors import ArgumentError
+from nettrim.precision import all_finite
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -165,3 +166,13 @@ def test_check_parameters_names_quantised_weights() -> None:
     quantised.register_buffer("weight", torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8))
     with pytest.raises(ArgumentError, match=r"'0\.weight' is quantised"):
         layers.check_parameters(nn.Sequential(quantised))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+def test_numbers_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
+    large = torch.full((40, 30), 0.9 * torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(large) and all_finite(-large) and all_finite(torch.cat([large, -large]))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        large[3, 4] = bad
+        assert not all_finite(large) and not all_finite(torch.cat([large, -large]))
+    assert all_finite(torch.empty(0, dtype=dtype))
