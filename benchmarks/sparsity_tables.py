@@ -98,10 +98,13 @@ def option_checks(runs: list[Run]) -> list[Check]:
             even = done.get(case.replace(", auto", ", uniform"))
             if case.endswith(", auto") and even is not None:
                 checks.append(Check(network, f"error of the logits, {case}, against uniform", run["logit_error"], "≤", even["logit_error"]))
-            papers = done.get(case.replace(", l0", ", l1"))
+            papers = done.get(case.replace(", l0", ", the papers'"))
             if case.endswith(", l0") and papers is not None:
                 asked = next(share for epsilon, share in fewest.items() if case == f"epsilon {epsilon:g}, l0")
                 checks.append(Check(network, f"weights over the papers' program's, {case}", run["density"] / papers["density"], "≤", asked))
+                for name, count in run["nonzeros"].items():
+                    what = f"weights over the papers' program's, {case}, layer {name}"
+                    checks.append(Check(network, what, count / max(papers["nonzeros"][name], 1), "≤", asked))
             if case == "half the neurons":
                 checks.append(Check(network, f"loss of accuracy, {case}", run["dense_accuracy"] - run["accuracy"], "≤", 0.005))
     return checks

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_WORTHWHILE = 0.05  # share of inputs that are always 0 from which a matrix of the others pays
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
 _UNIT = 48  # columns: a multiple of what the kernels of products take at a time; strips of other widths take half as long again
@@ -50,6 +51,7 @@ class Gram:
     cross: Tensor | None = None
     eigen: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _damped: dict[float, Gram] = field(default_factory=dict)
+    _live: tuple[Tensor, Gram] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "cross": None}  # which no program reads, wherever it is solved
@@ -62,6 +64,17 @@ class Gram:
             G.diagonal()[:columns] *= 1 + damping
             self._damped[damping] = Gram(G)
         return self._damped[damping]
+
+    def live(self) -> tuple[Tensor, Gram] | None:
+        """The indices of the inputs that are not 0 in all rows, and ``G`` of them alone, made once; None where hardly any other is."""
+        assert self.G is not None
+        if self._live is None:
+            lit = self.G.diagonal() > 0
+            if not (1 - _WORTHWHILE) * len(lit) >= int(lit.sum()) > 0:
+                return None
+            index = lit.nonzero().flatten()
+            self._live = index, Gram(self.G[index][:, index])
+        return self._live
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,25 +120,25 @@ def symmetric(G: Tensor) -> Tensor:
 def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]], W: Tensor | None = None) -> Moments:
     """One pass over ``(A, Y)`` chunk by chunk; ``G`` is summed up too where it is not there yet.
 
-    With dense weights ``W`` (M, N) the targets are what they make of the dense network's inputs, and ``C = W (AᵀÂ)`` needs no pass of its own.
+    With dense weights ``W`` (M, N) the targets are what they make of the dense network's inputs, and ``C = W (AᵀÂ)`` needs no pass of its own; nor
+    does ``C = W G``, where there is no such ``AᵀÂ`` since the inputs are the same.
 
     In float64: where inputs are nearly collinear, products in float32 leave several times the misfit (docs/sparsity.md, what was tried).
     """
-    C = None if W is None or gram.cross is None else W.double() @ gram.cross
-    if C is not None and gram.G is not None:
-        return Moments(gram, C)
     G, summed = None, None
-    for part, targets in rows:
+    for part, targets in rows if gram.G is None or W is None else ():
         A = part.double()
         if gram.G is None:
             G = A.new_zeros(A.shape[1], A.shape[1]) if G is None else G
             add_gram(G, A)
-        if C is None:
+        if W is None:
             Y = targets.double()
             summed = Y.new_zeros(Y.shape[1], A.shape[1]) if summed is None else summed
             summed.addmm_(Y.T, A)
     if G is not None:
         gram.G = symmetric(G)
-    C = summed if C is None else C
-    assert C is not None
-    return Moments(gram, C)
+    if W is not None:
+        assert gram.G is not None
+        summed = W.double() @ (gram.G if gram.cross is None else gram.cross)
+    assert summed is not None
+    return Moments(gram, summed)

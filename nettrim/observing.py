@@ -50,8 +50,9 @@ class Layer:
         The rows that the program is solved on, where they are not all.
     gram : Gram or None
         Of those rows, perhaps shared with the layers that are given the same ones.
-    crossed : bool
-        Whether the targets' sums follow from the Gram matrix's ``cross``.
+    made : bool
+        Whether the targets' sums follow from what the dense weights make of known inputs: the Gram matrix's ``cross``, or, where nothing is
+        disturbed, the Gram matrix itself.
     outputs : callable(stored matrix) or None
         Its outputs on all rows, (P, M), as the network computes them; None where they are not known.
     """
@@ -65,7 +66,7 @@ class Layer:
     observation: Observation
     drawn: Drawn | None = None
     gram: Gram | None = None
-    crossed: bool = False
+    made: bool = False
     outputs: Callable[[Matrix], Tensor | None] | None = None
 
     @property
@@ -158,7 +159,7 @@ class Layer:
         """Sums over the rows that the program is solved on and `Observation.aims` of them, where there is one Gram matrix of them."""
         if self.gram is None or self.groups > 1:
             return None
-        return moments(self.gram, self.solved_on(summed=True), self.dense if self.crossed else None)
+        return moments(self.gram, self.solved_on(summed=True), self.dense if self.made else None)
 
     def solved_on(self, *, summed: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """``(A, U)`` of the rows that the program is solved on, chunk by chunk; `Observation.aims` of them, if ``summed``."""
@@ -248,12 +249,15 @@ def observed(
     """
     matrix, apart, size = layer.matrix, 0.0, 0.0
     cross: Tensor | None = None
+    made: bool | None = None  # whether outputs are what the weights make of inputs, by the first batch
     first = gram is not None and gram.cross is None  # the sums are made in the first pass over the rows
 
     def source() -> Iterator[Seen]:
-        nonlocal apart, size, crosses, cross
+        nonlocal apart, size, crosses, cross, made
         if disturbed is None:
-            yield from (seen._replace(beside=None) for seen in dense())
+            for seen in dense():
+                made = _made_of(matrix, seen) if made is None else made
+                yield seen._replace(beside=None)
             return
         for given, seen in zip(dense(), disturbed(), strict=True):
             wide = matrix.compute_dtype
@@ -268,7 +272,8 @@ def observed(
                     f"layer {layer.name!r} is given {tuple(seen.kept.shape)} in the pruned network and {tuple(there)} in the dense one; "
                     "its shape depends on values, which a cascade cannot follow: use mode='parallel'"
                 )
-            crosses = crosses and (size > 0 or _made_of(matrix, given))  # of the first batch
+            made = _made_of(matrix, given if whole else seen._replace(Z=given.Z)) if made is None else made
+            crosses = crosses and made
             apart += square_sum(ours - theirs)
             size += square_sum(theirs)
             if first and crosses:
@@ -289,15 +294,17 @@ def observed(
     drawn = seen.drawn(max_rows, seed) if max_rows is not None and max_rows < seen.count else None
     if first and gram is not None:
         gram.cross, first = cross, False
-    crosses = crosses and gram is not None and gram.cross is not None
-    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram, crosses, outputs)
+    made = bool(made) and not seen.summed if not changed else crosses and gram is not None and gram.cross is not None
+    return Layer(layer.name, matrix, weights, norm, layer.function, changed, seen, drawn, gram, made, outputs)
 
 
 def _made_of(matrix: Matrix, seen: Seen) -> bool:
     """Whether a linear layer's outputs are what its weights make of its inputs, to rounding, by the first few rows: not so under autocast."""
-    A = matrix.with_ones(seen.kept[:_COMPARED].double())
-    Z, expected = seen.Z[:_COMPARED].double(), A @ matrix.as_matrix().double().T
-    sizes = A.abs() @ matrix.as_matrix().double().abs().T
+    if not is_linear(matrix.kind):
+        return False
+    A, Z = seen.kept[:_COMPARED].double(), seen.Z[:_COMPARED].double()
+    W, bias = matrix.as_matrix().double().tensor_split([matrix.shape[1]], dim=1)  # which has no column where there is none
+    expected, sizes = A @ W.T + bias.sum(1), A.abs() @ W.abs().T + bias.abs().sum(1)
     return bool(((Z - expected).abs() <= _ROUNDING * torch.finfo(matrix.weight.dtype).eps * sizes).all())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -176,6 +177,14 @@ class Supports:
             mask = torch.ones_like(scores, dtype=torch.bool)
             mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)
         return mask if self.allowed is None else mask & self.allowed
+
+    def within(self, columns: Tensor) -> Supports | None:
+        """Those that lie in some of the columns, given by their indices, as supports of these alone; None where the pattern takes columns together.
+        """
+        if self.pattern is not UNSTRUCTURED:
+            return None
+        counted, allowed = self.counted[columns], None if self.allowed is None else self.allowed[:, columns]
+        return dataclasses.replace(self, counted=counted, allowed=allowed)
 
     def count(self, W: Tensor) -> int:
         """Nonzeros of (M, N) weights, those in columns that count."""

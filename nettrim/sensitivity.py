@@ -122,7 +122,7 @@ def _output_metrics(
                 return None
             asked = [*(seen[layer.name] for layer in outer), *(layer.matrix.weight for layer in inner)]
             for draw in range(draws):
-                found = torch.autograd.grad(ends, asked, signs(ends), retain_graph=draw + 1 < draws, allow_unused=True)
+                found = _gradients(ends, signs(ends), asked, retain_graph=draw + 1 < draws)
                 if any(gradient is None for gradient in found):
                     return None
                 for layer, gradient in zip(outer, found, strict=False):
@@ -137,6 +137,16 @@ def _output_metrics(
                 detach(buffer)  # else the next batch's graph would begin in this one's
     means = {name: found.double() / (sizes[name] or 1.0) for name, found in sums.items()}
     return {name: _damped(found if found.ndim == 1 else symmetric(found)) for name, found in means.items()}
+
+
+def _gradients(ends: list[Tensor], directions: list[Tensor], of: list[Tensor], *, retain_graph: bool = False) -> tuple[Any, ...]:
+    """``∂⟨v, f⟩`` for the ends ``f`` and directions ``v``; None for what has no part in them.
+
+    Of the sum itself: for gradients along directions torch imports a computer algebra system, which takes a second.
+    """
+    value = sum((end * along).sum().to(ends[0].device) for end, along in zip(ends, directions, strict=True))
+    assert isinstance(value, Tensor)
+    return torch.autograd.grad(value, of, retain_graph=retain_graph, allow_unused=True)
 
 
 def _walked(
@@ -162,7 +172,7 @@ def _walked(
     ends = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.requires_grad]
     if not ends:
         return False
-    (gradient,) = torch.autograd.grad(ends, [hidden], signs(ends), allow_unused=True)
+    (gradient,) = _gradients(ends, signs(ends), [hidden])
     del hidden, output, ends
     for place, name in reversed(list(enumerate(chain.names))):
         here = [layer for layer in wanted if chain.place(layer.module_name) == place]
@@ -172,7 +182,7 @@ def _walked(
             out = chain.hidden(place, model.get_submodule(name)(*args, **kwargs))
         if gradient is None or not out.requires_grad or len(seen) < len(here):
             return False
-        gradient, *found = torch.autograd.grad([out], [hidden, *(seen[layer.name] for layer in here)], [gradient], allow_unused=True)
+        gradient, *found = _gradients([out], [gradient], [hidden, *(seen[layer.name] for layer in here)])
         if any(own is None for own in found):
             return False
         for layer, own in zip(here, found, strict=True):

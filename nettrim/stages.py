@@ -206,9 +206,13 @@ class Block(Stage):
         if other is not None:
             raise _unlike(other, None)
         self._groups = groups
-        give_back()
+        self._give_back()
         if self.hidden is not None and held and ask.cascade and all(is_linear(layer.matrix.kind) for layer in self.layers):
             self.solve.dense.clear()  # all that the dense block is asked for is known: its hidden states need not be kept
+
+    def _give_back(self) -> None:
+        if self.hidden is not None:  # of a whole network little is held, and what is given back is asked for anew
+            give_back()
 
     def _given(self, layer: TracedLayer, ask: Ask) -> Iterator[Seen]:
         if layer.name in self._dense:
@@ -223,10 +227,10 @@ class Block(Stage):
             found = capture.kept(self.pruned, self.solve.pruned, self.run, matrix, device=self.device, summed=summed, given=True, within=within)
             if layer.name not in self._dense:  # too much to hold
                 return found
-            give_back()  # what the programs of the layers before have freed
+            self._give_back()  # what the programs of the layers before have freed
             room, others = Room(layer.rows), Room(layer.rows)
             held = [seen._replace(kept=room.put(seen.kept), beside=None if seen.beside is None else others.put(seen.beside)) for seen in found]
-            give_back()
+            self._give_back()
             self._inputs = group, [seen._replace(beside=None) for seen in held]
             if self._in_sum and layer is self.layers[-1]:
                 self._last = [seen._replace(beside=None if seen.beside is None else seen.beside.clone()) for seen in held]

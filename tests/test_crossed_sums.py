@@ -32,7 +32,7 @@ def test_they_are_those_of_the_rows(bias: bool) -> None:
     batches, run = calibration.batches(list(x.split(100))), calibration.runner()
     layer = next(found for found in trace(dense, batches, run).layers if found.name == "2")
     by_rows, by_inputs = (observe(layer, dense, pruned, batches, run, device=None, crosses=how) for how in (False, True))
-    assert (by_rows.crossed, by_inputs.crossed) == (False, True)
+    assert (by_rows.made, by_inputs.made) == (False, True)
     expected, found = by_rows.aims, by_inputs.aims
     assert expected is not None and found is not None
     assert torch.equal(found.G, expected.G)
@@ -41,6 +41,17 @@ def test_they_are_those_of_the_rows(bias: bool) -> None:
     disturbed = torch.tanh(pruned[0](x)).double()
     Z = exact @ dense[2].weight.double().T + (dense[2].bias.double() if bias else 0)
     torch.testing.assert_close(found.C[:, :6], (Z.T @ disturbed).detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cascade", (True, False))
+def test_where_nothing_is_disturbed_they_follow_from_the_inputs(cascade: bool) -> None:
+    dense, _, x = wide()
+    batches, run = calibration.batches(list(x.split(100))), calibration.runner()
+    for layer in trace(dense, batches, run).layers:
+        seen = observe(layer, dense, dense if cascade else None, batches, run, device=None)
+        assert seen.made and not seen.disturbed and seen.aims is not None
+        A, Z = (torch.cat(parts).double() for parts in zip(*seen.observation.chunks(), strict=True))
+        torch.testing.assert_close(seen.aims.C, Z.T @ A, rtol=0, atol=1e-6 * float((Z.T @ A).norm()))
 
 
 def test_no_pass_over_the_rows_where_all_is_known() -> None:
@@ -58,7 +69,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, int]]:
     def observe(self: Block, layer: TracedLayer, ask: Ask) -> Layer:
         found = inner(self, layer, ask)
         assert found.gram is not None
-        made[found.name] = found.crossed, id(found.gram.cross)
+        made[found.name] = found.made and found.gram.cross is not None, id(found.gram.cross)
         return found
 
     monkeypatch.setattr(Block, "observe", observe)

@@ -96,14 +96,14 @@ class _Normal:
 
     G: Tensor
     S: Tensor | None
-    mask: Tensor
+    mask: Tensor  # of the same dtype: a product with it takes a fifth of the time of a choice
 
     @classmethod
     def of(cls, problem: Quadratic, mask: Tensor, dtype: torch.dtype) -> _Normal:
-        return cls(problem.G.to(dtype), None if problem.S is None else problem.S.to(dtype), mask)
+        return cls(problem.G.to(dtype), None if problem.S is None else problem.S.to(dtype), mask.to(dtype))
 
     def masked(self, X: Tensor) -> Tensor:
-        return torch.where(self.mask, X if self.S is None else self.S @ X, 0.0)
+        return (X if self.S is None else self.S @ X) * self.mask
 
     def __call__(self, X: Tensor) -> Tensor:
         return self.masked(X.to(self.G.dtype) @ self.G).to(X)

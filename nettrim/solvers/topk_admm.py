@@ -2,8 +2,9 @@
 
 Supports are chosen in Gram space (:mod:`nettrim.solvers.support`). Before a ReLU the misfit is no quadratic; at the present ``Z = A Wᵀ`` it is
 majorised by one, ``F(W') ≤ ‖A W'ᵀ − T‖_F²`` with ``T = Z − D``, equal at ``W' = W`` (``T`` lies in the set of which ``F`` is the squared distance).
-So a step that lowers the majorant lowers ``F``: supports and weights are improved on ``C = TᵀA``, which costs a pass over the rows for every new
-``T``.
+So a step that lowers the majorant lowers ``F``: weights are improved on ``C = TᵀA``, which costs a pass over the rows for every new ``T``. In the
+search ``T`` is that of the weights before they are made sparse, renewed in every iteration while the support moves: with the ``T`` of the dense
+weights alone, the discrepancy of as many weights is 5 to 10 % larger.
 
 For a budget, the number of weights is sought on a few supports of different sizes, the smallest that keeps the budget is taken, and what costs
 least to remove is removed until nothing more can be.
@@ -18,11 +19,12 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from nettrim.grams import add_gram, symmetric
+from nettrim.grams import Gram, add_gram, symmetric
 from nettrim.patterns import Supports
 from nettrim.precision import working_dtype
 from nettrim.programs import LayerProgram
@@ -33,7 +35,6 @@ from nettrim.solvers.refits import Fit, refit
 from nettrim.solvers.support import Quadratic, normalised, search
 
 NAME = "topk_admm"
-_SEARCHES = 2  # before a ReLU
 _RENEWALS = 12  # of T, on the support found
 _ROUGH_RENEWALS = 3  # while a budget's number of weights is sought
 _SETTLED = 1e-4
@@ -49,10 +50,12 @@ def refuses(program: LayerProgram) -> str | None:
 
 @dataclass
 class _Problem:
-    """The program in rows and columns of unit norm: ``W_true = W / row / column``."""
+    """The program in rows and columns of unit norm: ``W_true = W / row / column``, and 0 for inputs left out."""
 
     program: LayerProgram
+    supports: Supports
     quadratic: Quadratic
+    live: Tensor | None  # (N,), indices of the inputs that are not always 0, of which N is the number here; None for all
     column: Tensor  # (N,), √G_jj
     row: Tensor  # (M, 1), √S_mm; (1, 1) without a metric
     C: Tensor  # (M, N), of the present T
@@ -60,31 +63,37 @@ class _Problem:
     history: History = field(default_factory=History)
 
     def inner(self, W: Tensor) -> Tensor:
-        return W.double() * self.column * self.row
+        return (W if self.live is None else W[:, self.live]).double() * self.column * self.row
 
     def true(self, W: Tensor) -> Tensor:
-        return W / self.column / self.row
+        W = W / self.column / self.row
+        return W if self.live is None else W.new_zeros(self.program.shape).index_copy_(1, self.live, W)
 
     def note(self, fit: Fit, supports: Supports) -> None:
         """Write down a fit that keeps the budget: its number of weights, below which nothing is proven."""
         self.history.note(self.iterations, float((fit.mask & supports.counted).sum()), 0.0)
 
+    def renewed(self, W: Tensor, dtype: torch.dtype) -> Tensor:
+        """``C = TᵀA`` for the T of the weights ``W`` (inner), the products in ``dtype``."""
+        C = _correlations(self.program, self.true(W.double()), dtype)
+        return (C if self.live is None else C[:, self.live]) / self.column * self.row
+
     def renew(self, W: Tensor) -> None:
-        """``C = TᵀA`` for the T of the weights ``W`` (inner)."""
-        self.C = _correlations(self.program, self.true(W)) / self.column * self.row
+        """Make ``C`` that of ``W`` (inner)."""
+        self.C = self.renewed(W, torch.float64)
 
 
 def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None) -> Solution:
     """Solve a program with a number of nonzeros, or for the fewest; ``max_iter`` limits the renewals of T before a ReLU."""
     began = time.perf_counter()
-    supports = program.supports
-    assert supports is not None
     problem = _pose(program, initial)
-    start = problem.inner(initial) if initial is not None else refit(problem.quadratic, problem.C, _everything(program, supports)).W
+    supports = problem.supports
+    start = problem.inner(initial) if initial is not None else refit(problem.quadratic, problem.C, _everything(problem)).W
     if program.epsilon is None:
         fit = _solve(problem, supports, start, max_iter)
         W = problem.true(fit.W)
-        if initial is not None:  # what no row has seen stays as it is where it is kept, so that as many are kept as were asked for
+        if initial is not None and problem.live is None:
+            # what no row has seen stays as it is where it is kept, so that as many are kept as were asked for
             W = torch.where(fit.mask & (problem.quadratic.G.diagonal() == 0), initial.double(), W)
     else:
         W = _fewest(problem, supports, start, max_iter)
@@ -98,18 +107,34 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     return dataclasses.replace(found, status="feasible", gap=1.0)  # of any objective to 0
 
 
-def _everything(program: LayerProgram, supports: Supports) -> Tensor:
-    allowed = supports.allowed
-    return torch.ones(program.shape, dtype=torch.bool, device=program.device) if allowed is None else allowed
+def _everything(problem: _Problem) -> Tensor:
+    allowed = problem.supports.allowed
+    return torch.ones_like(problem.C, dtype=torch.bool) if allowed is None else allowed
 
 
 def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
+    dtype, supports = working_dtype(*program.shape), program.supports
+    assert supports is not None
+    gram, C = _sums(program, initial, dtype)
+    index, found = None, gram.live()
+    narrower = None if found is None else supports.within(found[0])
+    if found is not None and narrower is not None:
+        room = torch.ones_like(C[:, found[0]]) if narrower.allowed is None else narrower.allowed
+        most = int(room[:, narrower.counted].sum())
+        if most >= supports.kept or program.epsilon is not None:  # else those of inputs that are always 0 make up the number
+            index, gram = found
+            supports, C = dataclasses.replace(narrower, kept=min(most, supports.kept)), C[:, index]
+    assert gram.G is not None
+    quadratic, column, row = normalised(gram.G, program.metric, dtype, gram)
+    return _Problem(program, supports, quadratic, index, column, row, C / column * row)
+
+
+def _sums(program: LayerProgram, initial: Tensor | None, dtype: torch.dtype) -> tuple[Gram, Tensor]:
+    """``G`` and ``C``, (M, N) float64, with the T of the weights ``initial``, or Y without any."""
     M, N = program.shape
-    dtype = working_dtype(M, N)
     known = None if program.relu else program.moments
     if known is not None:
-        quadratic, column, row = normalised(known.G, program.metric, dtype, known.gram)
-        return _Problem(program, quadratic, column, row, known.C / column * row)
+        return known.gram, known.C
     G = torch.zeros((N, N), dtype=torch.float64, device=program.device)
     C = torch.zeros((M, N), dtype=torch.float64, device=program.device)
     # products of a chunk are as precise as the search; the sum over the chunks is in float64
@@ -122,36 +147,31 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
             Z = A @ initial.to(A).T
             T = Z - program.residual(Z, Y, V)
         C += T.T @ A
-    quadratic, column, row = normalised(symmetric(G), program.metric, dtype)
-    return _Problem(program, quadratic, column, row, C / column * row)
+    return Gram(symmetric(G)), C
 
 
-def _correlations(program: LayerProgram, W: Tensor) -> Tensor:
-    """``TᵀA``, (M, N) float64, with ``T = Z − D`` at ``Z = A Wᵀ``."""
+def _correlations(program: LayerProgram, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """``TᵀA``, (M, N) float64, with ``T = Z − D`` at ``Z = A Wᵀ``, the products of a chunk in ``dtype``."""
     C = torch.zeros(program.shape, dtype=torch.float64, device=program.device)
-    for _, A, Y, V in program.row_chunks():
+    W = W.to(dtype)
+    for _, A, Y, V in program.row_chunks(dtype):
         Z = A @ W.T
-        C.addmm_((Z - program.residual(Z, Y, V)).T, A)
+        C += (Z - program.residual(Z, Y, V)).T @ A
     return C
 
 
 def _solve(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> Fit:
     """Search and refit for one number of nonzeros; the fit is that of the last T."""
     fit = _find(problem, supports, start)
-    if not problem.program.relu:
-        return fit
-    for _ in range(_SEARCHES - 1):  # again, with the T of what was found
-        problem.renew(fit.W)
-        again = _find(problem, supports, fit.W)
-        if problem.program.misfit(problem.true(again.W)) >= problem.program.misfit(problem.true(fit.W)):
-            break
-        fit = again
-    return _settle(problem, fit, min(limit, _RENEWALS))
+    return _settle(problem, fit, min(limit, _RENEWALS)) if problem.program.relu else fit
 
 
 def _find(problem: _Problem, supports: Supports, start: Tensor, *, costs: bool = False) -> Fit:
     problem.iterations += 1
-    mask, W = search(problem.quadratic, problem.C, supports, start)
+    renew = partial(problem.renewed, dtype=problem.program.dtype) if problem.program.relu else None
+    mask, W = search(problem.quadratic, problem.C, supports, start, renew)
+    if renew is not None:
+        problem.renew(W)
     return refit(problem.quadratic, problem.C, mask, W, costs=costs)
 
 
@@ -174,7 +194,7 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     margin = rounding_margin(program, program.dtype)
     budget = (program.epsilon * (1 - margin)) ** 2
     total = supports.kept
-    everything = refit(problem.quadratic, problem.C, _everything(program, supports), start, costs=True)
+    everything = refit(problem.quadratic, problem.C, _everything(problem), start, costs=True)
     zero = torch.zeros_like(everything.W)
     if program.misfit(zero) <= budget:
         return zero
