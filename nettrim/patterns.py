@@ -171,8 +171,11 @@ class Supports:
         """The support (M, N) with the largest sum of the ``scores``, all at least 0."""
         if self.allowed is not None:
             scores = torch.where(self.allowed, scores, -1.0)
-        if bool(self.counted.all()):
+        free = int((~self.counted).count_nonzero())
+        if free == 0:
             mask = self.pattern.mask(scores, self.kept)
+        elif self.pattern is UNSTRUCTURED:  # what does not count leads
+            mask = self.pattern.mask(scores.masked_fill(~self.counted, torch.inf), self.kept + free * len(scores))
         else:
             mask = torch.ones_like(scores, dtype=torch.bool)
             mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)
