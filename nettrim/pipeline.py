@@ -77,7 +77,7 @@ def execute(task: Task, options: Options) -> PruneResult:
     """Prune a copy of the task's model, once, and certify it; the errors are those of :func:`nettrim.prune`."""
     start = time.perf_counter()
     model, run, solve_on, keep_out, device = task.model, task.run, task.solve_on, task.keep_out, task.device
-    traced, chain, blocks, dense_output = task.surveyed
+    traced, chain, blocks, dense_output, layers_seen = task.surveyed
     kept = None if task.checkpoint is None else task.checkpoint.execution(options)
     names, skipped = selection.select(model, traced, task.targets, task.ignore)
     goals = _goals(task, names, skipped, options)
@@ -100,7 +100,7 @@ def execute(task: Task, options: Options) -> PruneResult:
     pruned = layers.copy_of(model) if task.into is None else task.into
     route: Whole | Blocks
     if chain is None:
-        route = Whole(model, pruned, run, solve_on, keep_out, device)
+        route = Whole(model, pruned, run, solve_on, keep_out, device, layers_seen)
     else:
         route = Blocks(chain, model, pruned, run, solve_on, keep_out, device, compared=traced.of_first)
     cascade = options.mode == "cascade"
@@ -218,7 +218,7 @@ def _goals(task: Task, names: list[str], skipped: dict[str, str], options: Optio
     if task.checkpoint is not None and unknown:
         task.checkpoint.load_measured(task.measured)
         unknown = not task.measured.metrics
-    traced, chain, _, _ = task.surveyed
+    traced, chain, *_ = task.surveyed
     goals = set_goals(task.model, traced, names, skipped, options, task.solve_on, task.run, task.device, task.measured, chain)
     if task.checkpoint is not None and unknown and task.measured.metrics:
         task.checkpoint.save_measured(task.measured)

@@ -221,7 +221,7 @@ def prune(
             solve_on, keep_out = calibrations.split(found, options.holdout, options.seed)
             before = Before(model)
             spread = executor is not None and mode == "parallel"
-            surveyed = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore)
+            surveyed = survey(model, solve_on, keep_out, run, blocks=blocks, spread=spread, targets=targets, ignore=ignore, device=device)
             with contextlib.ExitStack() as stack:
                 checkpoint = None
                 if checkpoint_dir is not None:

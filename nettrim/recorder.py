@@ -121,6 +121,7 @@ class Recorder(TorchDispatchMode):
         self.seen = PassRecord()
         self.cells: dict[StorageWeakRef, Cell] = {}  # weak: the activations are freed as without the trace
         self.inside = False  # a layer's forward: what it does with its own input and weights is no other use
+        self._aside = False
         self.used_outside: dict[str, str] = {}
         self._decisions, self._decided_before = Decisions(), False  # what decided before the first layer was done is kept apart
         self.weights: dict[StorageWeakRef, list[tuple[str, tuple[int, int]]]] = {}
@@ -139,6 +140,15 @@ class Recorder(TorchDispatchMode):
                 stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True, always_call=True).remove)
             stack.enter_context(self._decisions)
             yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile is not the network's."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     @property
     def decides(self) -> bool:
@@ -212,6 +222,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._aside:
+            return func(*args, **kwargs)
         try:
             out = func(*args, **kwargs)
         except Exception:

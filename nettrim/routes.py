@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nettrim import observation
 from nettrim.blockwise import Call, Chain, NotBlocks
 from nettrim.calibration import Run, run_batch
+from nettrim.capture import Seen
 from nettrim.layers import copy_of
 from nettrim.memory import give_back
 from nettrim.passes import evaluation
@@ -28,15 +29,25 @@ from nettrim.tracing import Trace, TracedLayer
 
 
 class Whole:
-    """One stage: the whole network. Where all that its dense layers are given and give is little, it is held, from one pass."""
+    """One stage: the whole network. Where all that its dense layers are given and give is little, it is held, as it was ``seen`` or of one pass."""
 
-    def __init__(self, model: nn.Module, pruned: nn.Module, run: Run, solve: list[Any], held: list[Any], device: torch.device | str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pruned: nn.Module,
+        run: Run,
+        solve: list[Any],
+        held: list[Any],
+        device: torch.device | str | None,
+        seen: list[dict[str, Seen]] | None = None,
+    ) -> None:
         self._parts = model, pruned, run, Part(solve, solve), Part(held, held), device
+        self._seen = seen
 
     def stages(self, chosen: list[TracedLayer]) -> Iterator[Stage]:
         """The stages, one behind the other; the next is to be asked for when the layers of the one before it are done."""
         little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observation.HELD_ELEMENTS // 4
-        yield Block(chosen, *self._parts) if little else Stage(chosen, *self._parts)
+        yield Block(chosen, *self._parts, seen=self._seen) if little else Stage(chosen, *self._parts)
 
 
 @dataclass(eq=False)

@@ -113,11 +113,13 @@ class Block(Stage):
 
     ``hidden(batch's index, output)`` takes what the dense block returns, and returns the hidden state in it, where that is wanted; ``ends`` are
     those, batch by batch, once its layers were observed; ``replay`` is of the pruned block's layers, in the batches solved on. ``compared`` says that
-    the trace is of the first batch, and the others are to be looked at.
+    the trace is of the first batch, and the others are to be looked at. ``seen`` is what dense layers were given and gave in a pass before, batch by
+    batch, where that is known.
     """
 
     hidden: Callable[[int, Any], Tensor] | None = None
     compared: bool = False
+    seen: list[dict[str, Seen]] | None = None
     ends: list[Tensor] = field(default_factory=list)
     _in_sum: bool = False  # whether they are the sum that the last layer's output is a part of
     _last: list[Seen] = field(default_factory=list)  # of the last layer in the pruned block, where they are
@@ -177,7 +179,11 @@ class Block(Stage):
                     tensor = tensor.to(self._along[name]) @ self._along[name]
             return rooms[name, what].put(tensor)
 
-        groups: dict[str, str] | None = None
+        names = [layer.name for layer in self.layers]
+        if held and not summed and self.seen is not None and all(name in found for found in self.seen for name in names):
+            for found in self.seen:
+                self._note({name: found[name] for name in names}, held)
+            return
         self.ends, last = [], self.layers[-1]
         keep = place if held else None
         self._in_sum = self.hidden is not None and last.name in summed and last.norm is None and is_linear(last.matrix.kind)
@@ -195,20 +201,23 @@ class Block(Stage):
             if self.hidden is not None:
                 self.ends.append(self.hidden(len(self.ends), output))
                 self._in_sum = self._in_sum and sums.is_sum(last.name, self.ends[-1])
-            firsts: dict[int, str] = {}
-            here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
-            # alike in every batch, or by itself
-            groups = here if groups is None else {name: group if here[name] == group else name for name, group in groups.items()}
-            if held:
-                for name, seen in found.items():
-                    self._dense.setdefault(name, []).append(seen)
+            self._note(found, held)
         other = next((layer.name for layer in self.layers if self.compared and rows[layer.name] != layer.rows), None)
         if other is not None:
             raise _unlike(other, None)
-        self._groups = groups
         self._give_back()
         if self.hidden is not None and held and ask.cascade and all(is_linear(layer.matrix.kind) for layer in self.layers):
             self.solve.dense.clear()  # all that the dense block is asked for is known: its hidden states need not be kept
+
+    def _note(self, found: dict[str, Seen], held: bool) -> None:
+        """What the dense layers are given and give in the next batch."""
+        firsts: dict[int, str] = {}
+        here = {name: firsts.setdefault(id(seen.kept), name) for name, seen in found.items()}
+        # alike in every batch, or by itself
+        self._groups = here if self._groups is None else {name: group if here[name] == group else name for name, group in self._groups.items()}
+        if held:
+            for name, seen in found.items():
+                self._dense.setdefault(name, []).append(seen)
 
     def _give_back(self) -> None:
         if self.hidden is not None:  # of a whole network little is held, and what is given back is asked for anew

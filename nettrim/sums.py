@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class Sums(Recorder):
         self._wanted = set(modules if wanted is None else wanted)
         self.beside: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}  # until they are written into
-        self._stop, self._aside = stop, False
+        self._stop = stop
 
     def note_sum(self, layer: str, value: Tensor, other: Tensor, out: Tensor) -> None:
         if layer not in self._wanted:
@@ -38,15 +37,6 @@ class Sums(Recorder):
             self._sums[layer] = out
         if self._stop and len(self.beside) == len(self._wanted):
             raise Stop
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done meanwhile is not the network's."""
-        self._aside = True
-        try:
-            yield
-        finally:
-            self._aside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._aside:

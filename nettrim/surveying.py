@@ -10,14 +10,16 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from nettrim import selection
+from nettrim import layers, selection
 from nettrim.blockwise import Chain, NotBlocks
 from nettrim.calibration import Run
-from nettrim.capture import Outputs, comparable
+from nettrim.capture import Holding, Outputs, Seen, comparable
 from nettrim.errors import ArgumentError
 from nettrim.finding import candidates, find
+from nettrim.observation import HELD_ELEMENTS
 from nettrim.routes import check_order
 from nettrim.selection import Pattern
 from nettrim.tracing import Trace, trace
@@ -36,12 +38,15 @@ class Survey(NamedTuple):
     outputs : Tensor or None
         Of a network that is run whole and is a chain of its layers, its outputs of the samples solved on, as they came in the trace, joined by
         :class:`nettrim.capture.Outputs`.
+    seen : list of dict of str to Seen, or None
+        Of such a network, batch by batch, what its layers were given and gave in the trace, if that is little.
     """
 
     trace: Trace
     chain: Chain | None
     said: str
     outputs: Tensor | None
+    seen: list[dict[str, Seen]] | None
 
 
 def survey(
@@ -54,6 +59,7 @@ def survey(
     spread: bool,
     targets: Iterable[Pattern] | Pattern | None,
     ignore: Iterable[Pattern] | Pattern,
+    device: torch.device | str | None = None,
 ) -> Survey:
     """Trace the network and look for its blocks; its outputs are looked at, so that no hours are spent on what cannot be compared in the end.
 
@@ -84,12 +90,16 @@ def survey(
         else:  # all of a network of blocks' may be more than fits
             comparable(output, index)
 
-    traced = trace(model, solve_on, run, note, suffices=suffices)
+    # of a network that may be one of blocks, all that its layers are given is much
+    holding = None if named is not None else Holding(layers.matrices(model), device, HELD_ELEMENTS // 4)
+    traced = trace(model, solve_on, run, note, suffices=suffices, taking=None if holding is None else holding.taking)
     if not found:
         found.append(tried(traced))
     elif found[0][0] is not None and not traced.of_first:
         found[0] = _ordered(found[0][0], blocks, traced)
-    return Survey(traced, *found[0], outputs.joined() if traced.chain and outputs else None)
+    if not traced.chain:
+        return Survey(traced, *found[0], None, None)
+    return Survey(traced, *found[0], outputs.joined() if outputs else None, None if holding is None else holding.batches)
 
 
 def _times(

@@ -100,7 +100,7 @@ def test_a_network_with_its_own_is_certified_and_verified(name: str) -> None:
     found = nettrim.prune(model, x, **ASKED[name])
     assert [layer.name for layer in found.report.layers] == ["inner.0", "inner.2", "inner.4", "head"]
     assert found.report.certificate.holds
-    assert all(layer.discrepancy > 0 for layer in found.report.layers)
+    assert all(layer.discrepancy > 0 for layer in found.report.layers if layer.density < 1)
     assert nettrim.verify(model, found.model, x, found.report).holds
 
 
