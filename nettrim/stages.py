@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nettrim import capture
+from nettrim import capture, taking
 from nettrim.accumulation import accumulated
 from nettrim.calibration import Run
 from nettrim.capture import Seen
@@ -187,7 +187,7 @@ class Block(Stage):
         self.ends, last = [], self.layers[-1]
         keep = place if held else None
         self._in_sum = self.hidden is not None and last.name in summed and last.norm is None and is_linear(last.matrix.kind)
-        passes = capture.together(
+        passes = taking.together(
             self.dense, self.solve.dense, self.run, matrices, device=self.device, summed=summed, place=keep, recorded=self.compared
         )
         first, rows = None, Counter[str]()

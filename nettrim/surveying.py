@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from nettrim import layers, selection
 from nettrim.blockwise import Chain, NotBlocks
 from nettrim.calibration import Run
-from nettrim.capture import Holding, Outputs, Seen, comparable
+from nettrim.capture import Outputs, Seen, comparable
 from nettrim.errors import ArgumentError
 from nettrim.finding import candidates, find
 from nettrim.observation import HELD_ELEMENTS
 from nettrim.routes import check_order
 from nettrim.selection import Pattern
+from nettrim.taking import Holding
 from nettrim.tracing import Trace, trace
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nettrim
 from nettrim import calibration, layers, pipeline, prune, surveying
-from nettrim.capture import Holding
+from nettrim.taking import Holding
 from nettrim.tracing import trace
 
 WAYS: dict[str, dict[str, Any]] = {

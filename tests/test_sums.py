@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nettrim
-from nettrim import calibration, capture, layers, stages
+from nettrim import calibration, capture, layers, stages, taking
 from nettrim.errors import RouteError
 from nettrim.tracing import trace
 
@@ -102,7 +102,7 @@ def test_what_is_added_is_seen(add: Callable[..., Tensor]) -> None:
     assert torch.equal(given.kept, x) and not len(given.Z) and given.beside is not None
     torch.testing.assert_close(given.beside, seen.beside, rtol=0, atol=1e-6)
     assert "forward" not in vars(model.fc)
-    ((found, *_),) = capture.together(model, [x], RUN, {"fc": layers.only_matrix(model.fc)}, summed=["fc"])
+    ((found, *_),) = taking.together(model, [x], RUN, {"fc": layers.only_matrix(model.fc)}, summed=["fc"])
     assert torch.equal(found["fc"].beside, seen.beside)  # type: ignore[arg-type]
 
 

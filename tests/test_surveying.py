@@ -211,7 +211,7 @@ def test_a_block_that_runs_otherwise_in_a_later_batch_is_an_error(name: str) -> 
     # how often the second block runs before its second batch is observed
     other, before = Stack(counted), state_of(model)
     other.blocks[0].inner = other.blocks[2].inner = plain  # type: ignore[union-attr]
-    together = nettrim.capture.together
+    together = nettrim.taking.together
 
     def stopping(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for index, found in enumerate(together(module, *args, **kwargs)):
@@ -220,7 +220,7 @@ def test_a_block_that_runs_otherwise_in_a_later_batch_is_an_error(name: str) -> 
             yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nettrim.capture, "together", stopping)
+        patch.setattr(nettrim.taking, "together", stopping)
         with pytest.raises(Odd):
             nettrim.prune(other, data(), **ASKED, blocks="blocks")
     model = Stack(by_count(wrong, calls))
