@@ -2,7 +2,8 @@
 
 Without a ReLU the outputs share nothing but the budget. The least misfit of an output with k of its weights, and a bias that is free, is a best
 subset: here by trying all subsets, which 100 inputs allow for k up to 5. More than that counts as if it left no misfit, so what follows is a
-bound: fewer weights there cannot be, whatever finds them. Beside it stand the papers' program and ``penalty="l0"`` at the same budget.
+bound: fewer weights there cannot be, whatever finds them. (Of two inputs whose directions differ by less than 1e-5 one is taken to do for both.)
+Beside it stand the papers' program and ``penalty="l0"`` at the same budget.
 """
 
 import math
@@ -21,7 +22,7 @@ from benchmarks.options import Choices, open_console
 from benchmarks.results import environment
 
 _LARGEST = 5  # weights of an output
-_COLLINEAR = 1e-10  # of a pair's determinant: what is below adds nothing
+_COLLINEAR = 1e-10  # of a pair's determinant: below it the second adds nothing
 
 
 def least_misfits(A: Tensor, Y: Tensor, largest: int = _LARGEST) -> Tensor:
@@ -50,6 +51,8 @@ def _try_all(H: Tensor, R: Tensor, left: Tensor, chosen: int, best: Tensor) -> N
     ``H`` (n, n) and ``R`` (n, M) are their Gram matrix and correlations with the outputs, orthogonal to what was ``chosen``; ``left`` (M,) are the
     outputs' misfits.
     """
+    if len(H) == 0:
+        return
     diagonal = H.diagonal()
     gains = torch.where(diagonal[:, None] > _COLLINEAR, R.square() / diagonal[:, None], 0.0)
     best[chosen + 1] = torch.minimum(best[chosen + 1], left - gains.max(0).values)

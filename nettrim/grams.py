@@ -54,7 +54,7 @@ class Gram:
     _live: tuple[Tensor, Gram] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "cross": None}  # which no program reads, wherever it is solved
+        return {**vars(self), "cross": None, "_live": None}  # no program reads the one, and the other is made again
 
     def damped(self, damping: float, columns: int) -> Gram:
         """``G`` with the first so many entries of its diagonal larger by a share ``damping``; made once."""
@@ -69,7 +69,7 @@ class Gram:
         """The indices of the inputs that are not 0 in all rows, and ``G`` of them alone, made once; None where hardly any other is."""
         assert self.G is not None
         if self._live is None:
-            lit = self.G.diagonal() > 0
+            lit = self.G.diagonal() != 0
             if not (1 - _WORTHWHILE) * len(lit) >= int(lit.sum()) > 0:
                 return None
             index = lit.nonzero().flatten()

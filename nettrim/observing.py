@@ -24,7 +24,9 @@ from nettrim.observation import Drawn, Observation, Source
 from nettrim.tracing import TracedLayer
 
 _DIRECTIONS = 8
-_COMPARED = 32  # rows of a batch
+_COMPARED = 32  # rows of a batch, of the first so many
+_LOOKED_AT = 4096
+_OUTPUTS = 64  # of a layer
 _ROUNDING = 100.0  # in units of the last place: below it a layer's inputs are those of the dense network
 
 
@@ -188,13 +190,14 @@ def observe(
     pruned_batches: list[Any] | None = None,
     summed: bool = False,
     crosses: bool = False,
+    sums: bool = False,
 ) -> Layer:
     """What is seen of a layer: inputs from ``pruned``, the network pruned so far, where there is one, targets from the dense one.
 
     With ``hold`` all rows are held: for programs that are solved elsewhere, where the network cannot be run again. Without ``unfold`` a
     convolution's inputs are held in their place. ``pruned_batches`` is what the pruned one is given, where it is not the same. ``summed`` says that
     it is wanted, of both networks, what the layer's outputs are added to, ``crosses`` that the sums for its program are to be made of its inputs in
-    both (`is_wide`).
+    both (`is_wide`), and ``sums`` that they may be made of its inputs alone where those are not disturbed.
 
     Raises
     ------
@@ -212,7 +215,7 @@ def observe(
 
     return observed(
         layer, dense, None if pruned is None else disturbed, device=device, max_rows=max_rows, seed=seed, hold=hold, unfold=unfold, gram=Gram(),
-        crosses=crosses,
+        crosses=crosses, sums=sums,
     )  # fmt: skip
 
 
@@ -241,6 +244,7 @@ def observed(
     gram: Gram | None = None,
     along: Tensor | None = None,
     crosses: bool = False,
+    sums: bool = False,
     outputs: Callable[[Matrix], Tensor | None] | None = None,
 ) -> Layer:
     """As `observe`, of what was seen in the dense network and in the pruned one, whose ``Z`` does not count.
@@ -249,7 +253,7 @@ def observed(
     """
     matrix, apart, size = layer.matrix, 0.0, 0.0
     cross: Tensor | None = None
-    made: bool | None = None  # whether outputs are what the weights make of inputs, by the first batch
+    made = None if sums or crosses else False  # whether outputs are what the weights make of inputs, by the first batch
     first = gram is not None and gram.cross is None  # the sums are made in the first pass over the rows
 
     def source() -> Iterator[Seen]:
@@ -299,13 +303,17 @@ def observed(
 
 
 def _made_of(matrix: Matrix, seen: Seen) -> bool:
-    """Whether a linear layer's outputs are what its weights make of its inputs, to rounding, by the first few rows: not so under autocast."""
+    """Whether a linear layer's outputs are what its weights make of its inputs, to rounding, by a few of both: not so under autocast."""
     if not is_linear(matrix.kind):
         return False
-    A, Z = seen.kept[:_COMPARED].double(), seen.Z[:_COMPARED].double()
-    W, bias = matrix.as_matrix().double().tensor_split([matrix.shape[1]], dim=1)  # which has no column where there is none
-    expected, sizes = A @ W.T + bias.sum(1), A.abs() @ W.abs().T + bias.abs().sum(1)
-    return bool(((Z - expected).abs() <= _ROUNDING * torch.finfo(matrix.weight.dtype).eps * sizes).all())
+    told = seen.kept[:_LOOKED_AT].any(1).nonzero().flatten()[:_COMPARED]
+    A, W = seen.kept[told].double(), matrix.as_matrix().to(seen.kept.device)
+    few = torch.arange(0, len(W), max(1, len(W) // _OUTPUTS), device=W.device)
+    Z = seen.Z[told][:, few].double()
+    weights, bias = W[few].double().tensor_split([matrix.shape[1]], dim=1)  # which has no column where there is none
+    expected, sizes = A @ weights.T + bias.sum(1), A.abs() @ weights.abs().T + bias.abs().sum(1)
+    stored, computed = (torch.finfo(dtype).eps for dtype in (matrix.weight.dtype, matrix.compute_dtype))
+    return len(told) > 0 and bool(((Z - expected).abs() <= stored * expected.abs() + _ROUNDING * computed * sizes).all())
 
 
 def _add_cross(cross: Tensor | None, matrix: Matrix, dense: Tensor, disturbed: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class Pattern:
         """Share of the weights that the pattern itself keeps; None where a sparsity says it."""
         return None if self.kept_of is None else self.kept_of[0] / self.kept_of[1]
 
+    @property
+    def single(self) -> bool:
+        """Whether every weight is on its own."""
+        return self.kept_of is None and self.block == (1, 1)
+
     def check(self, shape: tuple[int, int], what: str) -> None:
         """Refuse a shape that the pattern does not tile.
 
@@ -174,8 +179,9 @@ class Supports:
         free = int((~self.counted).count_nonzero())
         if free == 0:
             mask = self.pattern.mask(scores, self.kept)
-        elif self.pattern is UNSTRUCTURED:  # what does not count leads
-            mask = self.pattern.mask(scores.masked_fill(~self.counted, torch.inf), self.kept + free * len(scores))
+        elif self.pattern.single:  # what does not count leads
+            leading = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill_(~self.counted, torch.inf)
+            mask = self.pattern.mask(leading, self.kept + free * len(scores))
         else:
             mask = torch.ones_like(scores, dtype=torch.bool)
             mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)
@@ -184,7 +190,7 @@ class Supports:
     def within(self, columns: Tensor) -> Supports | None:
         """Those that lie in some of the columns, given by their indices, as supports of these alone; None where the pattern takes columns together.
         """
-        if self.pattern is not UNSTRUCTURED:
+        if not self.pattern.single:
             return None
         counted, allowed = self.counted[columns], None if self.allowed is None else self.allowed[:, columns]
         return dataclasses.replace(self, counted=counted, allowed=allowed)

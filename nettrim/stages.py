@@ -94,8 +94,10 @@ class Stage:
     def observe(self, layer: TracedLayer, ask: Ask) -> Layer:
         """What the layer's program needs; see :func:`nettrim.observing.observe`."""
         there = self.pruned if ask.cascade else None
-        return observe(layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=ask.max_rows, seed=ask.seed, hold=ask.hold,
-                       unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer), crosses=ask.wants_cross(layer))  # fmt: skip
+        return observe(
+            layer, self.dense, there, self.solve.dense, self.run, device=self.device, max_rows=ask.max_rows, seed=ask.seed, hold=ask.hold,
+            unfold=ask.unfold, pruned_batches=self.solve.pruned, summed=ask.wants_sum(layer), crosses=ask.wants_cross(layer), sums=ask.sums,
+        )  # fmt: skip
 
     def kept_out(self, layer: TracedLayer, *, cascade: bool) -> Layer:
         """The same of the samples kept out."""
@@ -154,6 +156,7 @@ class Block(Stage):
                 gram=self._gram[1],
                 along=self._along.get(layer.name),
                 crosses=ask.wants_cross(layer),
+                sums=ask.sums,
                 outputs=partial(self._stored, layer) if ask.cascade and layer.name in self._dense else None,
             )
         finally:

@@ -35,6 +35,11 @@ def test_every_subset_is_tried(case: str) -> None:
     torch.testing.assert_close(best_subsets.least_misfits(A, Y, 4), by_least_squares(A, Y, 4), rtol=1e-8, atol=1e-8)
 
 
+def test_inputs_that_do_not_vary_leave_the_bias() -> None:
+    A, Y = torch.ones(10, 3), torch.rand(10, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(best_subsets.least_misfits(A, Y, 2), Y.sub(Y.mean(0)).square().sum(0).expand(3, 2))
+
+
 def test_the_fewest_within_a_budget() -> None:
     misfits = torch.tensor([[9.0, 9.0], [4.0, 8.0], [1.0, 7.0]], dtype=torch.float64)
     for budget, expected in ((18.0, 0), (13.0, 1), (10.0, 2), (8.0, 4), (1.0, 5), (0.0, 6)):

@@ -48,10 +48,50 @@ def test_where_nothing_is_disturbed_they_follow_from_the_inputs(cascade: bool) -
     dense, _, x = wide()
     batches, run = calibration.batches(list(x.split(100))), calibration.runner()
     for layer in trace(dense, batches, run).layers:
-        seen = observe(layer, dense, dense if cascade else None, batches, run, device=None)
+        seen = observe(layer, dense, dense if cascade else None, batches, run, device=None, sums=True)
         assert seen.made and not seen.disturbed and seen.aims is not None
         A, Z = (torch.cat(parts).double() for parts in zip(*seen.observation.chunks(), strict=True))
         torch.testing.assert_close(seen.aims.C, Z.T @ A, rtol=0, atol=1e-6 * float((Z.T @ A).norm()))
+
+
+def test_nor_do_they_where_outputs_are_rounded_or_nothing_shows() -> None:
+    dense, _, x = wide()
+    run = calibration.runner()
+    for model, batches in ((Casting(*dense), [x]), (nn.Sequential(nn.Linear(10, 6, bias=False)), [torch.zeros(50, 10), x])):
+        layer = trace(model, batches, run).layers[0]
+        seen = observe(layer, model, None, batches, run, device=None, sums=True)
+        assert not seen.made and seen.aims is not None
+        A, Z = (torch.cat(parts).double() for parts in zip(*seen.observation.chunks(), strict=True))
+        torch.testing.assert_close(seen.aims.C, Z.T @ A)
+
+
+class Beside(nn.Module):
+    """A layer that is given what no layer has disturbed, and whose output is added to something that one has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(10, 12), nn.Linear(10, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.first(x).tanh()
+        return self.last(c + self.second(x))
+
+
+@pytest.mark.parametrize("fidelity", ("network", "layer"))
+def test_a_sum_s_part_makes_up_for_what_is_beside_it(fidelity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {}
+    inner = Block.observe
+
+    def observe(self: Block, layer: TracedLayer, ask: Ask) -> Layer:
+        made[layer.name] = inner(self, layer, ask)
+        return made[layer.name]
+
+    monkeypatch.setattr(Block, "observe", observe)
+    model, x = Beside(), samples(300, 10)
+    result = prune(model, x, sparsity={"*": 0.5}, fidelity=fidelity)
+    assert made["first"].made and not made["second"].disturbed and not made["second"].made
+    assert verify(model, result.model, x, result.report).holds
 
 
 def test_no_pass_over_the_rows_where_all_is_known() -> None:

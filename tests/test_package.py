@@ -66,7 +66,9 @@ class TestImport:
         """A computer algebra system and a compiler are what torch imports for some of its calls, which takes a second and more."""
         code = (
             "import sys, torch, nettrim; model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3));"
-            "nettrim.prune(model, torch.rand(50, 8), sparsity=0.5);"
+            "nettrim.prune(model, torch.rand(50, 8), sparsity=0.5); nettrim.prune(model, torch.rand(50, 8), budget=0.5);"
+            "block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True); model = torch.nn.TransformerEncoder(block, 2);"
+            "nettrim.prune(model, torch.rand(50, 4, 8), sparsity=0.5, fidelity='diagonal', allocation='uniform');"
             "print(*(name for name in ('sympy', 'torch._dynamo', 'torch._inductor') if name in sys.modules))"
         )
         assert python("-c", code).split() == []

@@ -2,9 +2,9 @@
 
 Supports are chosen in Gram space (:mod:`nettrim.solvers.support`). Before a ReLU the misfit is no quadratic; at the present ``Z = A Wᵀ`` it is
 majorised by one, ``F(W') ≤ ‖A W'ᵀ − T‖_F²`` with ``T = Z − D``, equal at ``W' = W`` (``T`` lies in the set of which ``F`` is the squared distance).
-So a step that lowers the majorant lowers ``F``: weights are improved on ``C = TᵀA``, which costs a pass over the rows for every new ``T``. In the
-search ``T`` is that of the weights before they are made sparse, renewed in every iteration while the support moves: with the ``T`` of the dense
-weights alone, the discrepancy of as many weights is 5 to 10 % larger.
+So a step that lowers the majorant lowers ``F``: weights are improved on ``C = TᵀA``, which costs a pass over the rows for every new ``T``. In a
+second search ``T`` is that of the weights before they are made sparse, renewed in every iteration while the support moves: on the layers of an MNIST
+network with 6 to 25 % of the weights kept it leaves 5 to 10 % less of a discrepancy; where nearly all are kept the first one does better.
 
 For a budget, the number of weights is sought on a few supports of different sizes, the smallest that keeps the budget is taken, and what costs
 least to remove is removed until nothing more can be.
@@ -69,12 +69,22 @@ class _Problem:
         W = W / self.column / self.row
         return W if self.live is None else W.new_zeros(self.program.shape).index_copy_(1, self.live, W)
 
+    def unseen(self, mask: Tensor) -> Tensor:
+        """Of the weights of a support (inner), and those that are not counted, the ones of inputs that are always 0: (M, N) of the program, bool."""
+        if self.live is None:
+            return mask & (self.quadratic.G.diagonal() == 0)
+        assert self.program.supports is not None
+        left_out = ~self.program.supports.counted
+        left_out[self.live] = False
+        return left_out.expand(self.program.shape)
+
     def note(self, fit: Fit, supports: Supports) -> None:
         """Write down a fit that keeps the budget: its number of weights, below which nothing is proven."""
         self.history.note(self.iterations, float((fit.mask & supports.counted).sum()), 0.0)
 
     def renewed(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """``C = TᵀA`` for the T of the weights ``W`` (inner), the products in ``dtype``."""
+        """``C = TᵀA`` for the T of the weights ``W`` (inner), the products in ``dtype``: a pass over the rows."""
+        self.iterations += 1
         C = _correlations(self.program, self.true(W.double()), dtype)
         return (C if self.live is None else C[:, self.live]) / self.column * self.row
 
@@ -84,7 +94,10 @@ class _Problem:
 
 
 def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None) -> Solution:
-    """Solve a program with a number of nonzeros, or for the fewest; ``max_iter`` limits the renewals of T before a ReLU."""
+    """Solve a program with a number of nonzeros, or for the fewest; ``max_iter`` limits the renewals of T on the support found.
+
+    ``iterations`` are searches, renewals and trims.
+    """
     began = time.perf_counter()
     problem = _pose(program, initial)
     supports = problem.supports
@@ -92,9 +105,8 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     if program.epsilon is None:
         fit = _solve(problem, supports, start, max_iter)
         W = problem.true(fit.W)
-        if initial is not None and problem.live is None:
-            # what no row has seen stays as it is where it is kept, so that as many are kept as were asked for
-            W = torch.where(fit.mask & (problem.quadratic.G.diagonal() == 0), initial.double(), W)
+        if initial is not None:  # what no row has seen stays as it is where it is kept, so that as many are kept as were asked for
+            W = torch.where(problem.unseen(fit.mask), initial.double(), W)
     else:
         W = _fewest(problem, supports, start, max_iter)
     spent = (problem.iterations, time.perf_counter() - began)
@@ -167,12 +179,18 @@ def _solve(problem: _Problem, supports: Supports, start: Tensor, limit: int) -> 
 
 
 def _find(problem: _Problem, supports: Supports, start: Tensor, *, costs: bool = False) -> Fit:
+    """Search and refit with the present T; before a ReLU also with T renewed in the search, which is better where many weights go. The better fit."""
     problem.iterations += 1
-    renew = partial(problem.renewed, dtype=problem.program.dtype) if problem.program.relu else None
-    mask, W = search(problem.quadratic, problem.C, supports, start, renew)
-    if renew is not None:
-        problem.renew(W)
-    return refit(problem.quadratic, problem.C, mask, W, costs=costs)
+    C, program = problem.C, problem.program
+    mask, W = search(problem.quadratic, C, supports, start)
+    fit = refit(problem.quadratic, C, mask, W, costs=costs)
+    if not program.relu:
+        return fit
+    problem.iterations += 1
+    mask, W = search(problem.quadratic, C, supports, start, partial(problem.renewed, dtype=program.dtype))
+    problem.renew(W)
+    renewed = refit(problem.quadratic, problem.C, mask, W, costs=costs)
+    return min(fit, renewed, key=lambda one: program.misfit(problem.true(one.W)))
 
 
 def _settle(problem: _Problem, fit: Fit, renewals: int) -> Fit:
@@ -180,7 +198,6 @@ def _settle(problem: _Problem, fit: Fit, renewals: int) -> Fit:
     for _ in range(renewals):
         before = fit.W
         problem.renew(fit.W)
-        problem.iterations += 1
         fit = refit(problem.quadratic, problem.C, fit.mask, fit.W, costs=fit.cost is not None)
         if float((fit.W - before).norm()) <= _SETTLED * float(before.norm()):
             break
@@ -195,7 +212,7 @@ def _fewest(problem: _Problem, supports: Supports, start: Tensor, limit: int) ->
     budget = (program.epsilon * (1 - margin)) ** 2
     total = supports.kept
     everything = refit(problem.quadratic, problem.C, _everything(problem), start, costs=True)
-    zero = torch.zeros_like(everything.W)
+    zero = problem.true(torch.zeros_like(everything.W))
     if program.misfit(zero) <= budget:
         return zero
     all_weights = program.misfit(problem.true(everything.W))
