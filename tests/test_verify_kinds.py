@@ -121,6 +121,24 @@ def test_rounding_of_a_sample_far_larger_than_the_others_breaks_nothing(options:
     assert not broken
 
 
+@pytest.mark.parametrize("mode", ("cascade", "parallel"))
+@pytest.mark.parametrize("function", (nn.GELU(), nn.ReLU()), ids=("GELU", "ReLU"))
+def test_rounding_of_what_an_activation_puts_out_next_to_nothing_of_breaks_nothing(function: nn.Module, mode: str) -> None:
+    """Neurons far below 0: what their pre-activations are off by, half-precision numbers, is no small part of the misfit, and of the objective."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(16, 32), function, nn.Linear(32, 16), function, nn.Linear(16, 4))
+        with torch.no_grad():
+            model[0].bias[:8] -= 20
+            model[2].bias[:4] -= 20
+        model, x = model.to(torch.bfloat16), torch.rand(200, 16).to(torch.bfloat16).split(100)
+        result = nettrim.prune(model, list(x), sparsity={"*": 0.3}, mode=mode)
+        assert not nettrim.verify(model, result.model, list(x), result.report).broken
+        with torch.no_grad():
+            result.model[4].weight.mul_(0.9)
+        assert not nettrim.verify(model, result.model, list(x), result.report).holds
+
+
 def test_weights_that_were_moved_are_found_beside_a_sample_far_larger_than_the_others() -> None:
     """What rounding moves is no more than all rounding: half-precision weights shrunk by a few per cent break their promise."""
     torch.manual_seed(0)

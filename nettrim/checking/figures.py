@@ -68,7 +68,9 @@ def promise(layer: LayerReport, pair: LayerPair, asked: Asked, budget: Budget) -
     yield compare(name, "rows", layer.rows, found.entries // max(pair.pruned.shape[0], 1))
     target = math.sqrt(found.target_square)
     if asked.counts:
-        slack = of_norm(pair.behind.lipschitz * math.sqrt(found.on + found.off), size.noise, size) + 1e-3 * size.noise
+        # of what is large before an activation that is no ReLU, the misfit holds all, and the output perhaps next to nothing
+        inner = size_of(pair, before=not pair.behind.relu)
+        slack = pair.behind.lipschitz * of_norm(math.sqrt(found.on + found.off), inner.noise, inner) + 1e-3 * size.noise
         note = "what the stored weights leave, and what rounding may add"
     elif budget.inflation is not None:
         base = math.sqrt(found.dense_on + found.dense_off)
@@ -124,7 +126,7 @@ def objective(layer: LayerReport, pair: LayerPair, asked: Asked, own_bound: Call
 
 def _objective(pair: LayerPair, asked: Asked) -> tuple[float | None, float]:
     """The value of the program at the stored weights, and how much rounding may move it; None where it cannot be known."""
-    found, size = pair.solved, size_of(pair, pair.solved)
+    found, size = pair.solved, size_of(pair, pair.solved, before=asked.counts)
     whole = np.abs(pair.folded(pair.pruned))
     weight, bias = (whole[:, :-1], whole[:, -1]) if pair.pruned.has_bias else (whole, None)
     if asked.counts:

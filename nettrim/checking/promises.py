@@ -215,12 +215,12 @@ def of_norm(value: float, noise: float, size: Size) -> float:
     return min(math.hypot(value, noise) - value + 6 * noise / math.sqrt(max(size.alike, 1)), noise) + 1e-9 * value
 
 
-def size_of(pair: LayerPair, measured: Measured | None = None) -> Size:
-    """The size of a layer on its rows; on other rows than all of them if they are given."""
+def size_of(pair: LayerPair, measured: Measured | None = None, *, before: bool = False) -> Size:
+    """The size of a layer's output on its rows; on other rows than all of them if they are given; ``before`` its activation, if that is wanted."""
     found = pair.measured if measured is None else measured
     terms = pair.pruned.shape[1] + pair.pruned.has_bias
-    output, sums = math.sqrt(found.target_square), math.sqrt(found.sums_square)
-    return Size(output, sums, found.entries, terms, str(pair.pruned.weight.dtype), found.target_fourth)
+    square, fourth = (found.before_square, found.before_fourth) if before else (found.target_square, found.target_fourth)
+    return Size(math.sqrt(square), math.sqrt(found.sums_square), found.entries, terms, str(pair.pruned.weight.dtype), fourth)
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,6 +82,8 @@ class Measured:
         P M.
     target_square, target_fourth : float
         ``‖Y‖²``, and the sum of the fourth powers.
+    before_square, before_fourth : float
+        The same before the activation.
     difference : float
         ``‖act(output) − Y‖²`` of the stored layer, run in its own dtype, ``Y`` being the dense layer's after what follows it.
     dense_on, dense_off : float
@@ -106,6 +108,8 @@ class Measured:
     entries: int = 0
     target_square: float = 0.0
     target_fourth: float = 0.0
+    before_square: float = 0.0
+    before_fourth: float = 0.0
     difference: float = 0.0
     dense_on: float = 0.0
     dense_off: float = 0.0
@@ -281,6 +285,8 @@ class LayerPair:
         found.entries += Y.size
         found.target_square += _square(Y)
         found.target_fourth += _square(np.square(Y))
+        found.before_square += _square(before)
+        found.before_fourth += _square(np.square(before))
         found.difference += _square(behind.output(output) - Y)
         on, off = behind.misfit(V, targets)
         found.dense_on, found.dense_off = found.dense_on + on, found.dense_off + off
