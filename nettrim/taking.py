@@ -19,6 +19,8 @@ from nettrim.capture import Seen
 from nettrim.errors import RouteError
 from nettrim.layers import Matrix
 from nettrim.passes import evaluation
+from nettrim.precision import all_finite
+from nettrim.recorder import has_storage
 from nettrim.sums import Sums
 
 
@@ -101,19 +103,22 @@ class _Taking:
         kept = next((kept for y, version, kept in self._given if plain and y is x and version == x._version), None)
         if kept is None:
             kept = kind.inputs(module, part, call).to(device=self._device)
-            capture.require_finite(kept, f"the input of layer {name!r}", self._index)
+            self._check(kept, f"the input of layer {name!r}")
             kept = self._copied(name, "kept", kept)
             if plain:
                 self._given.append((x, x._version, kept))
         Z = kind.outputs(module, part, call).to(device=self._device, dtype=matrix.compute_dtype)
-        capture.require_finite(Z, f"the output of layer {name!r}", self._index)
+        self._check(Z, f"the output of layer {name!r}")
         self.found[name] = Seen(kept, self._copied(name, "Z", Z))
         if name in self._calls_of:
             self.calls[name] = call
 
+    def _check(self, values: Tensor, what: str) -> None:
+        capture.require_finite(values, what, self._index)
+
 
 class Holding:
-    """What the layers of a network are given and give, taken in passes that are made for something else, as long as that is little.
+    """What the linear layers of a network are given and give, taken in passes that are made for something else, as long as that is little.
 
     Attributes
     ----------
@@ -123,7 +128,7 @@ class Holding:
 
     def __init__(self, matrices: Mapping[str, Matrix], device: torch.device | str | None, limit: int) -> None:
         self.batches: list[dict[str, Seen]] | None = []
-        self._matrices = {name: matrix for name, matrix in matrices.items() if matrix.kind.observed and not matrix.kind.repeats}
+        self._matrices = {name: matrix for name, matrix in matrices.items() if type(matrix.module) is nn.Linear}
         self._device, self._left = device, limit
 
     @contextmanager
@@ -148,9 +153,11 @@ class _Lenient(_Taking):
     failed = False
 
     def _take(self, name: str, matrix: Matrix, call: layers.Call) -> None:
-        try:
-            self.failed = self.failed or name in self.found  # a second time
-            if not self.failed:
-                super()._take(name, matrix, call)
-        except Exception:
-            self.failed = True
+        tensors = [call.argument(matrix.module), call.out]
+        plain = all(isinstance(x, Tensor) and x.dim() > 1 and has_storage(x) and x.is_floating_point() for x in tensors)
+        self.failed = self.failed or not plain or name in self.found  # or it runs a second time
+        if not self.failed:
+            super()._take(name, matrix, call)
+
+    def _check(self, values: Tensor, what: str) -> None:
+        self.failed = self.failed or not all_finite(values)
