@@ -128,7 +128,9 @@ class Holding:
 
     def __init__(self, matrices: Mapping[str, Matrix], device: torch.device | str | None, limit: int) -> None:
         self.batches: list[dict[str, Seen]] | None = []
-        self._matrices = {name: matrix for name, matrix in matrices.items() if type(matrix.module) is nn.Linear}
+        linear = {name: matrix for name, matrix in matrices.items() if type(matrix.module) is nn.Linear}
+        # another has weights that are computed, as where masks are applied
+        self._matrices = {name: matrix for name, matrix in linear.items() if layers.parameter_reason(matrix.module) is None}
         self._device, self._left = device, limit
 
     @contextmanager
