@@ -18,6 +18,7 @@ from functools import cached_property
 from torch import Tensor
 
 from nettrim.grams import Moments
+from nettrim.metrics import Metric
 
 _CANCELLED = 1e-2  # of its terms: what they are measured to is not all lost
 _ROUNDED = 1e-8  # of ‖Â Ŵᵀ‖²: half of the digits that float64 sums have
@@ -37,8 +38,8 @@ class Aim:
         r and δ.
     columns : int
         Of the inputs that are damped: all but the bias's ones.
-    metric : Tensor or None, (M, M) or (M,)
-        S, or its diagonal.
+    metric : Metric or None
+        S.
     """
 
     seen: Moments
@@ -46,7 +47,7 @@ class Aim:
     repair: float
     damping: float
     columns: int
-    metric: Tensor | None
+    metric: Metric | None
 
     @cached_property
     def moments(self) -> Moments:
@@ -98,21 +99,4 @@ class Aim:
 
     def _weighed(self, X: Tensor, Y: Tensor) -> float:
         """``⟨S X, Y⟩``, float64."""
-        if self.metric is None:
-            return float((X * Y).sum())
-        S = self.metric.to(X)
-        return float(((S[:, None] * X if S.ndim == 1 else S @ X) * Y).sum())
-
-
-def weighed_square(D: Tensor, metric: Tensor | None) -> float:
-    """``Σ_p d_pᵀ S d_p`` of residuals (P, M); of a metric (M, M) one half, products in its dtype, sums in float64."""
-    D = D.double()
-    if metric is None or metric.ndim == 1:
-        return float((D.square() if metric is None else D.square() * metric.to(D)).sum())
-    total, step = 0.0, -(-len(metric) // 8)
-    narrow = D.to(metric.dtype)
-    for start in range(0, len(metric), step):
-        here, behind = slice(start, start + step), slice(start + step, None)
-        total += float(((narrow[:, here] @ metric[here, here]).double() * D[:, here]).sum())
-        total += 2 * float(((narrow[:, here] @ metric[here, behind]).double() * D[:, behind]).sum())
-    return total
+        return float(((X if self.metric is None else self.metric.weigh(X)) * Y).sum())

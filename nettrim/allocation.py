@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrim.calibration import Run
+from nettrim.metrics import Metric
 from nettrim.observing import observe
 from nettrim.options import Options
 from nettrim.patterns import UNSTRUCTURED, make_supports
@@ -62,7 +63,7 @@ def measure(
     batches: list[Any],
     run: Run,
     wanted: list[TracedLayer],
-    metrics: dict[str, Tensor],
+    metrics: dict[str, Metric],
     options: Options,
     device: torch.device | str | None,
 ) -> dict[str, Curve]:
@@ -83,14 +84,14 @@ def measure(
     return found
 
 
-def _curve(G: Tensor, W: Tensor, metric: Tensor, has_bias: bool) -> Curve:
+def _curve(G: Tensor, W: Tensor, metric: Metric, has_bias: bool) -> Curve:
     """The curve of one layer, from the Gram matrices (G, N, N) of its groups, over which each number of weights is spread by ``‖a_j‖² w²``."""
     groups, N = len(G), G.shape[1]
     height = len(W) // groups
     problems, starts = [], []
     for group in range(groups):
         own = slice(group * height, (group + 1) * height)
-        problem, column, row = normalised(G[group], metric[own] if metric.ndim == 1 else metric[own, own], torch.float32)
+        problem, column, row = normalised(G[group], metric.of_outputs(own), torch.float32)
         problems.append(problem)
         starts.append(W[own] * column * row)
     products = [start @ problem.G for problem, start in zip(problems, starts, strict=True)]

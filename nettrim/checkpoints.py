@@ -27,6 +27,7 @@ from nettrim.allocation import Curve
 from nettrim.certificate import Promise
 from nettrim.errors import ArgumentError, CheckpointError
 from nettrim.goals import Measured
+from nettrim.metrics import Metric
 from nettrim.options import Options
 from nettrim.report import LayerReport
 
@@ -101,7 +102,7 @@ class Checkpoint:
             return
         tensors, kept = found
         for index, (name, home) in enumerate(kept["metrics"]):
-            measured.metrics[name] = tensors[f"{index} metric"].to(home)
+            measured.metrics[name] = Metric(tensors[f"{index} own"], tensors[f"{index} F"]).to(home)
         for index, (name, size) in enumerate(kept["curves"]):
             measured.curves[name] = Curve(tensors[f"{index} kept"].numpy(), tensors[f"{index} error"].numpy(), size)
 
@@ -113,10 +114,10 @@ class Checkpoint:
         CheckpointError
             It cannot be written.
         """
-        tensors = {f"{index} metric": metric for index, metric in enumerate(measured.metrics.values())}
+        tensors = {f"{index} {part}": getattr(metric, part) for index, metric in enumerate(measured.metrics.values()) for part in ("own", "F")}
         for index, curve in enumerate(measured.curves.values()):
             tensors |= {f"{index} kept": torch.from_numpy(curve.kept), f"{index} error": torch.from_numpy(curve.error)}
-        metrics = [(name, str(metric.device)) for name, metric in measured.metrics.items()]
+        metrics = [(name, str(metric.own.device)) for name, metric in measured.metrics.items()]
         curves = [(name, curve.size) for name, curve in measured.curves.items()]
         sealed.write(self.folder / _MEASURED, tensors, {"run": self.run, "metrics": metrics, "curves": curves})
 

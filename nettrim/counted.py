@@ -15,6 +15,7 @@ from torch import Tensor
 from nettrim.aims import Aim
 from nettrim.budgets import Budget, held_targets, l1_weights, rows_of
 from nettrim.grams import column_squares
+from nettrim.metrics import Metric
 from nettrim.observing import Layer
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern
 from nettrim.programs import LayerProgram
@@ -22,12 +23,12 @@ from nettrim.rows import Checked, Stream
 
 
 def make_selection(
-    layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, damping: float, support: Tensor | None, metric: Tensor | None
+    layer: Layer, *, sparsity: float, pattern: Pattern, repair: float, damping: float, support: Tensor | None, metric: Metric | None
 ) -> Budget:
     """The programs of one layer that is to have a share ``sparsity`` of zeros in a pattern.
 
     The bias does not count, is fitted, and is not damped. With ``support``, (M, N) bool, only those weights may stay; in the pattern of neurons it
-    says which do. ``metric``, (M, M) or (M,), is the program's. The groups of a grouped layer share its number of weights by ``‖a_j‖² w²``, what each
+    says which do. ``metric`` is the program's. The groups of a grouped layer share its number of weights by ``‖a_j‖² w²``, what each
     weight puts out.
     """
     M, N = layer.matrix.shape
@@ -53,7 +54,7 @@ def make_selection(
                 activation=None,
                 l1_weights=omega,
                 pattern=pattern.text,
-                metric=None if metric is None else metric[inside] if metric.ndim == 1 else metric[inside, inside],
+                metric=None if metric is None else metric.of_outputs(inside),
                 support=None if support is None else support[inside].to(layer.dense.device),
                 moments=None if aim is None else aim.moments,
             )

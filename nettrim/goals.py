@@ -17,6 +17,7 @@ from nettrim.budgets import Budget, make_budget
 from nettrim.calibration import Run
 from nettrim.counted import make_selection
 from nettrim.errors import ArgumentError
+from nettrim.metrics import Metric
 from nettrim.observing import Layer
 from nettrim.options import Options
 from nettrim.patterns import NEURON, UNSTRUCTURED, Pattern, parse
@@ -40,7 +41,7 @@ class Goals:
     pattern : Pattern
     allowed : dict of str to Tensor, (M, N) bool
         The weights that may stay, of layers where not all may.
-    metrics : dict of str to Tensor, (M, M) or (M,)
+    metrics : dict of str to Metric
         What errors of a layer cost at the network's output; empty where every layer is kept to its own.
     """
 
@@ -50,7 +51,7 @@ class Goals:
     shares: dict[str, float]
     pattern: Pattern
     allowed: dict[str, Tensor]
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Metric]
 
     @property
     def names(self) -> set[str]:
@@ -89,13 +90,13 @@ class Goals:
 class Measured:
     """What is measured of the dense network, once for all that is tried."""
 
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
 
 
 def _metrics(
     model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], options: Options, spreads: bool, chain: Chain | None
-) -> dict[str, Tensor]:
+) -> dict[str, Metric]:
     found = output_metrics(model, batches, run, wanted, options.seed, diagonal=options.fidelity == "diagonal", chain=chain)
     if found is None:
         ways = "fidelity='layer' and allocation='uniform'" if spreads else "fidelity='layer'"
@@ -131,7 +132,7 @@ def set_goals(
     shares = selection.per_layer(trace, names, asked, "sparsity", selection.share_of_zeros, skipped)
     share = float(asked) if isinstance(asked, Real) else 0.0
     spreads = pattern is UNSTRUCTURED and options.allocation == "auto" and 0 < share < 1 and len(names) > 1
-    metrics: dict[str, Tensor] = {}
+    metrics: dict[str, Metric] = {}
     wanted = [layer for layer in trace.layers if layer.name in names]
     for layer in (one for one in wanted if one.name in shares and pattern is not NEURON):  # before hours of solving, not when it is the layer's turn
         M, N = layer.matrix.shape

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nettrim.errors import ArgumentError
+from nettrim.metrics import Metric
 from nettrim.rows import Rows, as_rows
 
 _SMALLEST, _LARGEST = 1e-150, 1e150
@@ -84,8 +85,10 @@ def support(given: object, shape: tuple[int, int]) -> Tensor | None:
     return found
 
 
-def metric(given: object, outputs: int, like: Tensor) -> Tensor:
-    """``S``, (M, M) or (M,), of the device and dtype of ``like``."""
+def metric(given: object, outputs: int, like: Tensor) -> Metric:
+    """``S`` on the device and in the dtype of ``like``."""
+    if isinstance(given, Metric):
+        return given.to(like)
     found = as_rows(given, "metric", like)
     if found.shape not in ((outputs,), (outputs, outputs)):
         raise ArgumentError(f"metric has shape {tuple(found.shape)}; expected ({outputs}, {outputs}) or ({outputs},)")
@@ -95,7 +98,7 @@ def metric(given: object, outputs: int, like: Tensor) -> Tensor:
         good = torch.allclose(found, found.T, rtol=1e-5) and _semidefinite(found)
     if not good:
         raise ArgumentError("metric is no inner product; expected a symmetric positive semidefinite matrix with a positive diagonal")
-    return found
+    return Metric.of(found)
 
 
 def _semidefinite(S: Tensor) -> bool:

@@ -41,6 +41,7 @@ from nettrim import program_checks
 from nettrim.duality import best_bound
 from nettrim.errors import ArgumentError
 from nettrim.grams import Moments
+from nettrim.metrics import Metric
 from nettrim.patterns import Supports, make_supports
 from nettrim.residual import ONE_SIDED_TOLERANCE, ROUNDING, Measures, residual
 from nettrim.rows import BLOCK_ELEMENTS, Rows, Stream, as_rows
@@ -69,7 +70,7 @@ class LayerProgram:
         The objective beside a budget: the papers' ``Σ ω|w|``, or the number of weights kept.
     pattern : str
         Of ``nonzeros`` programs: see :func:`nettrim.patterns.parse`. ``"n:m"`` says the number itself.
-    metric : Tensor or ndarray, (M, M) or (M,), optional
+    metric : Metric, Tensor or ndarray, (M, M) or (M,), optional
         Of ``nonzeros`` programs without a ReLU: ``S``, symmetric and positive semidefinite (or its diagonal), which weighs errors of the outputs
         against each other: the misfit is ``Σ_p d_pᵀ S d_p``, with ``d_p`` the rows of ``D``.
     support : Tensor or ndarray, (M, N) bool, optional
@@ -105,7 +106,7 @@ class LayerProgram:
     nonzeros: int | None = field(default=None, kw_only=True)
     penalty: str = field(default="l1", kw_only=True)
     pattern: str = field(default="unstructured", kw_only=True)
-    metric: Tensor | None = field(default=None, kw_only=True)
+    metric: Tensor | Metric | None = field(default=None, kw_only=True)
     support: Tensor | None = field(default=None, kw_only=True)
     activation: str | None = field(default="relu", kw_only=True)
     consistency: str = field(default="relaxed", kw_only=True)
@@ -226,6 +227,12 @@ class LayerProgram:
         return self.relu and self.consistency == "paper"
 
     @property
+    def S(self) -> Metric | None:
+        """What weighs errors of the outputs against each other; None for no weights."""
+        assert self.metric is None or isinstance(self.metric, Metric)
+        return self.metric
+
+    @property
     def omega(self) -> Tensor:
         """Ω, (P, M) bool."""
         return torch.cat([self.on_support(Y) for _, Y, _ in self.target_chunks(self.dtype)])
@@ -294,7 +301,7 @@ class LayerProgram:
             D = self.residual(Z, Y, V).double()
             if not self.relu:
                 total = float(D.square().sum())
-                on, out = on + (total if self.metric is None else float((self.weigh(D) * D).sum())), out + total
+                on, out = on + (total if self.S is None else self.S.square(D)), out + total
                 continue
             # summed apart: a difference of sums would see no excess below 1e-8 of the misfit
             inside = self.on_support(Y)
@@ -305,10 +312,8 @@ class LayerProgram:
         return Measures(on, off, math.sqrt(out))
 
     def weigh(self, D: Tensor) -> Tensor:
-        """``D S`` for residuals (P, M), summed in the precision of the data; ``D`` itself without a metric."""
-        if self.metric is None:
-            return D
-        return D * self.metric if self.metric.ndim == 1 else (D.to(self.dtype) @ self.metric).to(D)
+        """``D S`` for residuals (P, M); ``D`` itself without a metric."""
+        return D if self.S is None else self.S.weigh(D.T).T
 
     def objective(self, W: Tensor) -> float:
         """``Σ ω|w|`` of a budget program (nonzeros for ``"l0"``); ``λ Σ ω|w| + ½ · misfit`` of a penalised one; ``½ · misfit`` for ``nonzeros``."""

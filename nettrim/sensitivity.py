@@ -31,6 +31,7 @@ from nettrim.buffers import detach
 from nettrim.calibration import Run, run_batch
 from nettrim.grams import add_gram, symmetric
 from nettrim.memory import give_back
+from nettrim.metrics import Metric
 from nettrim.passes import evaluation, tensors_in
 from nettrim.tracing import TracedLayer
 
@@ -42,9 +43,9 @@ _DAMPING = 0.1  # of the mean diagonal: errors that the output does not feel to 
 
 def output_metrics(
     model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, diagonal: bool = False, chain: Chain | None = None
-) -> dict[str, Tensor] | None:
-    """``S`` (M, M) float64 of the layers ``wanted``, damped; its diagonal (M,) for very wide ones, and for all if that is asked for; None where no
-    gradient comes through the network.
+) -> dict[str, Metric] | None:
+    """``S`` of the layers ``wanted``, damped, its small eigenvalues made equal (`Metric.leading`), in the dtype that the layer computes in; its
+    diagonal for very wide ones, and for all if that is asked for; None where no gradient comes through the network.
 
     The model is run in evaluation mode and left as it was; no gradient of its parameters is touched. Of a diagonal, what is kept for the gradients
     is a block's at a time where all the layers lie in a ``chain`` of blocks that alone make the output, and else the network's.
@@ -67,7 +68,7 @@ def _walks(chain: Chain, wanted: list[TracedLayer]) -> bool:
 
 def _output_metrics(
     model: nn.Module, batches: list[Any], run: Run, wanted: list[TracedLayer], seed: int, *, kept: bool, diagonal: bool, chain: Chain | None
-) -> dict[str, Tensor] | None:
+) -> dict[str, Metric] | None:
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     sizes: dict[str, float] = dict.fromkeys((layer.name for layer in wanted), 0.0)
@@ -136,7 +137,7 @@ def _output_metrics(
             for buffer in model.buffers():
                 detach(buffer)  # else the next batch's graph would begin in this one's
     means = {name: found.double() / (sizes[name] or 1.0) for name, found in sums.items()}
-    return {name: _damped(found if found.ndim == 1 else symmetric(found)) for name, found in means.items()}
+    return {name: _damped(found if found.ndim == 1 else symmetric(found), sums[name].dtype) for name, found in means.items()}
 
 
 def _gradients(ends: list[Tensor], directions: list[Tensor], of: list[Tensor], *, retain_graph: bool = False) -> tuple[Any, ...]:
@@ -192,13 +193,13 @@ def _walked(
     return True
 
 
-def _damped(S: Tensor) -> Tensor:
+def _damped(S: Tensor, dtype: torch.dtype) -> Metric:
     diagonal = S if S.ndim == 1 else S.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0:  # nothing that this layer does is felt: all its errors count alike
-        return torch.ones_like(diagonal)
+        return Metric.of(torch.ones_like(diagonal, dtype=dtype))
     diagonal += _DAMPING * mean
-    return S
+    return Metric.of(S.to(dtype)) if S.ndim == 1 else Metric.leading(S.to(dtype))
 
 
 @contextmanager

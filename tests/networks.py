@@ -23,6 +23,10 @@ def chain(*widths: int, seed: int = 0, bias: bool = True, last_relu: bool = Fals
     return nn.Sequential(*(modules if last_relu else modules[:-1])).to(dtype)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def samples(count: int, width: int, seed: int = 1) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 

@@ -13,6 +13,7 @@ from torch import nn
 import nettrim
 from nettrim import ArgumentError, allocation, calibration
 from nettrim.allocation import Curve, spread
+from nettrim.metrics import Metric
 from nettrim.sensitivity import output_metrics
 from nettrim.tracing import trace
 
@@ -29,23 +30,33 @@ def test_metrics_are_the_mean_products_of_the_jacobian():
     model = chain(6, 5, 4, 3, dtype=torch.float64)
     inputs = samples(3000, 6).double()
     found = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
-    torch.testing.assert_close(found["4"], damped(torch.eye(3, dtype=torch.float64)), rtol=0, atol=0.05)
+    torch.testing.assert_close(found["4"].matrix, damped(torch.eye(3, dtype=torch.float64)), rtol=0, atol=0.05)
     # by hand for the first layer: ∂f/∂z = W₃ diag(z₂ > 0) W₂ diag(z₁ > 0)
     with torch.no_grad():
         z1 = model[0](inputs)
         z2 = model[2](z1.relu())
         jacobians = torch.einsum("ij,pj,jk,pk->pik", model[4].weight, (z2 > 0).double(), model[2].weight, (z1 > 0).double())
         exact = torch.einsum("pik,pil->kl", jacobians, jacobians) / len(inputs)
-    torch.testing.assert_close(found["0"], damped(exact), rtol=0, atol=0.1 * float(exact.diagonal().max()))
+    torch.testing.assert_close(found["0"].matrix, Metric.leading(damped(exact)).matrix, rtol=0, atol=0.1 * float(exact.diagonal().max()))
+
+
+def noted(monkeypatch):
+    """The matrices that metrics are made of, in the order in which they are."""
+    sums = []
+    inner = Metric.leading
+    monkeypatch.setattr(Metric, "leading", lambda S: (sums.append(S), inner(S))[1])
+    return sums
 
 
 def test_of_very_wide_layers_the_diagonal_is_taken(monkeypatch):
+    sums = noted(monkeypatch)
     model, inputs = chain(6, 5, 3, dtype=torch.float64), samples(500, 6).double()
     whole = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
     monkeypatch.setattr("nettrim.sensitivity._WIDEST", 4)
     found = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
-    torch.testing.assert_close(found["0"], whole["0"].diagonal())
-    torch.testing.assert_close(found["2"], whole["2"])
+    assert found["2"].couples and not found["0"].couples
+    torch.testing.assert_close(found["0"].own, sums[0].diagonal())
+    torch.testing.assert_close(found["2"].matrix, whole["2"].matrix)
     assert nettrim.prune(model, inputs, sparsity={"*": 0.5}).report.certificate.holds
 
 
@@ -54,7 +65,7 @@ def test_a_layer_that_the_output_does_not_feel_counts_all_errors_alike():
     with torch.no_grad():
         model[2].weight.zero_()
     found = output_metrics(model, calibration.batches(samples(50, 6)), calibration.runner(), layers_of(model, samples(50, 6)), 0)
-    assert torch.equal(found["0"], torch.ones(5, dtype=torch.float64))
+    assert torch.equal(found["0"].matrix, torch.eye(5))
 
 
 def test_fidelity_to_the_network_serves_its_output_and_fidelity_to_the_layer_the_layer():
@@ -93,7 +104,7 @@ def test_networks_that_write_into_what_gradients_are_made_of():
     data, run = calibration.batches(samples(50, 6)), calibration.runner()
     models = [Skipping(way) for way in (True, False)]
     found, expected = (output_metrics(model, data, run, layers_of(model, samples(50, 6)), 0) for model in models)
-    assert all(torch.equal(found[name], expected[name]) for name in ("one", "two"))
+    assert all(torch.equal(found[name].matrix, expected[name].matrix) for name in ("one", "two"))
     assert nettrim.prune(models[0], samples(50, 6), sparsity=0.5).report.certificate.holds
 
 

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+from networks import seeded
 from torch import Tensor, nn
 
 import nettrim
 from nettrim import ArgumentError, LayerProgram, solve
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def constant_rows(seed: int) -> tuple[Tensor, Tensor, Tensor]:

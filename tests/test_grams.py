@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import nettrim
-from nettrim.aims import Aim, weighed_square
+from nettrim.aims import Aim
 from nettrim.grams import Gram, Moments, moments, square_sum
+from nettrim.metrics import Metric
 
 
 @pytest.mark.parametrize("scale", (1e-25, 1e-10, 1.0, 1e10, 1e25))
@@ -71,8 +72,9 @@ def test_misfit_is_that_of_the_rows(repair: float, damping: float, metric: str, 
     lean = repair * D + (1 - repair) * A.double() @ (W - dense).double().T
     added = (damping * A[:, :120].double().square().sum(0)).sqrt()[:, None] * (W - dense).T[:120].double()
     exact = sum(float(((part if S is None else part * S if S.ndim == 1 else part @ S.double()) * part).sum()) for part in (lean, added))
-    aim = Aim(_sums(A, T), dense, repair, damping, 120, S)
-    found = aim.misfit(W, weighed_square(D, S))
+    weighing = None if S is None else Metric.of(S)
+    aim = Aim(_sums(A, T), dense, repair, damping, 120, weighing)
+    found = aim.misfit(W, float(D.square().sum()) if weighing is None else weighing.square(D))
     assert found is None or found == pytest.approx(exact, rel=1e-5)
     assert found is not None or (repair < 1 and moved < 1e-2)
 

@@ -6,13 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from networks import seeded
 
 import nettrim
 from nettrim import ArgumentError, LayerProgram
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def refused(match: str, *args: object, **options: object) -> None:

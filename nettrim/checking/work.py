@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nettrim import batchnorm, layers
 from nettrim import calibration as calibrations
@@ -19,6 +19,7 @@ from nettrim.checking.bound import Bound, Problem, bound
 from nettrim.checking.promises import EPS, Asked, Budget, Link, budget, network_bound, size_of
 from nettrim.checking.results import Check, compare, decide
 from nettrim.checking.streams import Call, LayerPair, Measured, Outputs, numbers, pass_over
+from nettrim.metrics import Metric
 from nettrim.report import LayerReport, Report
 from nettrim.sensitivity import output_metrics
 from nettrim.tracing import Trace, TracedLayer, trace
@@ -80,14 +81,14 @@ class Work:
         return asked.counts and asked.mode == "cascade" and float(asked.repair) > 0 and self.by_name[name].summed
 
     @staticmethod
-    def _metric(metric: Tensor | None, groups: int) -> Array | None:
+    def _metric(metric: Metric | None, groups: int) -> Array | None:
         """A metric in numpy; errors of different groups are not weighed against each other."""
-        if metric is None or metric.ndim == 1 or groups == 1:
-            return None if metric is None else numbers(metric)
-        blocks = np.kron(np.eye(groups), np.ones((len(metric) // groups,) * 2))
-        return numbers(metric) * blocks
+        if metric is None or not metric.couples:
+            return None if metric is None else numbers(metric.own)
+        S = numbers(metric.to(torch.float64).matrix)
+        return S * np.kron(np.eye(groups), np.ones((len(S) // groups,) * 2))
 
-    def _metrics(self) -> dict[str, Tensor]:
+    def _metrics(self) -> dict[str, Metric]:
         """What the layers' errors cost at the network's output, where their weights were chosen by that."""
         asked = self.asked
         alone = asked.fidelity == "diagonal"  # every output is weighed by itself, which says nothing where each has its own number of weights

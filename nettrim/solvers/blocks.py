@@ -42,7 +42,7 @@ def refuses(program: LayerProgram) -> str | None:
     """Why a program does not come apart into blocks of neurons, or None."""
     if program.supports is not None and not _own_counts(program):
         return "its weights are counted over all of them"
-    if program.metric is not None and program.metric.ndim == 2:
+    if program.S is not None and program.S.couples:
         return "its metric weighs the errors of all neurons together"
     if program.one_sided and program.epsilon is not None:
         return "its inequalities are met to a share of the budget, which blocks of neurons don't know; give regularization=, or all neurons at once"
@@ -189,7 +189,7 @@ def _part(program: LayerProgram, block: slice, level: float | None) -> LayerProg
         floor=None if program.floor is None else program.floor[block],
         ceiling=None if program.ceiling is None else program.ceiling[block],
         l1_weights=omega[block] if omega.ndim == 2 else omega,
-        metric=None if program.metric is None else program.metric[block],
+        metric=None if program.S is None else program.S.of_outputs(block),
         support=support,
         nonzeros=nonzeros,
         epsilon=None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nettrim.metrics import Metric
 from nettrim.precision import rough_dtype
 from nettrim.solvers.support import ROUNDED, Quadratic
 
@@ -95,7 +96,7 @@ class _Normal:
     """``X ↦ S X G`` over a support (M, N), products in the dtype of ``G`` and ``S``."""
 
     G: Tensor
-    S: Tensor | None
+    S: Metric | None
     mask: Tensor  # of the same dtype: a product with it takes a fifth of the time of a choice
 
     @classmethod
@@ -103,7 +104,7 @@ class _Normal:
         return cls(problem.G.to(dtype), None if problem.S is None else problem.S.to(dtype), mask.to(dtype))
 
     def masked(self, X: Tensor) -> Tensor:
-        return (X if self.S is None else self.S @ X) * self.mask
+        return (X if self.S is None else self.S.weigh(X)) * self.mask
 
     def __call__(self, X: Tensor) -> Tensor:
         return self.masked(X.to(self.G.dtype) @ self.G).to(X)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nettrim.grams import Gram
+from nettrim.metrics import Metric, eigen
 from nettrim.patterns import Supports
 from nettrim.precision import rough_dtype
 
@@ -36,10 +37,10 @@ ROUNDED = {torch.float32: 1e-6, torch.float64: 1e-10}  # relative: what is small
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
-    """``G`` (N, N) and ``S`` (M, M; None for the identity), float64 with unit diagonals; searches are in ``dtype``, factorisations ``shared``."""
+    """``G`` (N, N) and ``S`` (None for the identity), float64 with unit diagonals; searches are in ``dtype``, factorisations ``shared``."""
 
     G: Tensor
-    S: Tensor | None
+    S: Metric | None
     dtype: torch.dtype
     shared: Gram | None = None
 
@@ -47,24 +48,25 @@ class Quadratic:
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (N,) and eigenvectors (N, N) of ``G``."""
         if self.shared is None:
-            return _eigen(self.G, self.dtype)
+            return eigen(self.G.to(self.dtype))
         if self.dtype not in self.shared.eigen:
-            self.shared.eigen[self.dtype] = _eigen(self.G, self.dtype)
+            self.shared.eigen[self.dtype] = eigen(self.G.to(self.dtype))
         return self.shared.eigen[self.dtype]
 
     @cached_property
     def outputs(self) -> tuple[Tensor, Tensor, float] | None:
-        """Of ``S``: eigenvalues (r,) of at least 1, the mean of all; their eigenvectors (M, r); the mean of the others, used for them in a search."""
+        """Of ``S``, its own diagonal replaced by the mean: eigenvalues (r,) and eigenvectors (M, r) of its directions, and that mean."""
         if self.S is None:
             return None
-        sigma, U = _eigen(self.S, self.dtype)
-        large = sigma >= 1
-        rest = sigma[~large]
-        return sigma[large], U[:, large].contiguous(), float(rest.mean()) if len(rest) else 1.0
+        own, F = self.S.own, self.S.F
+        above, V = eigen(F.T @ F)
+        found = above > ROUNDED[F.dtype] * above[-1]
+        U = F @ (V[:, found] / above[found].sqrt())
+        return (own.mean() + above[found]).to(self.dtype), U.to(self.dtype), float(own.mean())
 
     def weigh(self, X: Tensor) -> Tensor:
         """``S X``."""
-        return X if self.S is None else self.S.to(X) @ X
+        return X if self.S is None else self.S.weigh(X)
 
     def value(self, W: Tensor, C: Tensor) -> float:
         """``½⟨S W G, W⟩ − ⟨S C, W⟩``."""
@@ -77,25 +79,17 @@ class Quadratic:
         return 0.5 * float((self.weigh(RQ) * RQ / lam.where(lam > ROUNDED[Q.dtype] * lam[-1], torch.inf)).sum())
 
 
-def normalised(G: Tensor, metric: Tensor | None, dtype: torch.dtype, shared: Gram | None = None) -> tuple[Quadratic, Tensor, Tensor]:
-    """``G`` (N, N) and the metric ``S``, (M, M) or its diagonal (M,), in rows and columns of unit norm; with the norms, (N,) and (M, 1).
+def normalised(G: Tensor, metric: Metric | None, dtype: torch.dtype, shared: Gram | None = None) -> tuple[Quadratic, Tensor, Tensor]:
+    """``G`` (N, N) and the metric ``S`` in rows and columns of unit norm; with the norms, (N,) and (M, 1).
 
     Weights ``W`` become ``row · W · column``, and ``C`` becomes ``row · C / column``.
     """
     column = torch.where(G.diagonal() > 0, G.diagonal().sqrt(), 1.0)
     row, S = G.new_ones(1, 1), None
     if metric is not None:
-        row = (metric if metric.ndim == 1 else metric.diagonal()).to(G).sqrt().unsqueeze(1)
-        S = None if metric.ndim == 1 else metric.to(G) / row / row.T
+        row = metric.diagonal.to(G).sqrt().unsqueeze(1)
+        S = metric.to(G).scaled(row) if metric.couples else None
     return Quadratic(G / column / column[:, None], S, dtype, shared), column, row
-
-
-def _eigen(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(matrix.to(dtype))
-    except torch.linalg.LinAlgError:  # LAPACK in float32, on many inputs that are always 0 and some that are nearly the same: float64 converges
-        values, vectors = (part.to(dtype) for part in torch.linalg.eigh(matrix.double()))
-    return values.clamp(min=0), vectors
 
 
 @dataclass(frozen=True)
@@ -137,19 +131,16 @@ def search(
 
         argmin_W ½⟨S W G, W⟩ − ⟨S C, W⟩ + ρ/2 ‖W − B + E‖²  =  B − E + [σ (Ĉ_ij − λ_j P_ij) / (σ λ_j + ρ)] Qᵀ
 
-    With one, σ is the mean of its small eigenvalues, and each of the large ones has a division of its own along its eigenvector
-    (:attr:`Quadratic.outputs`; their number decides the cost). The refit knows all of ``S``.
+    With one, σ is what its directions leave, and each of these has a division of its own (:attr:`Quadratic.outputs`; their number decides the cost).
 
     ``renew``, where targets depend on the weights, gives the ``C`` of the ``W`` of the first step: it is asked in every iteration until the support
     is nearly found (asked every third time it left 2 to 3 % more of a discrepancy before a ReLU, asked only towards the end 5 %).
 
-    Until the support first stands still, products may be in half precision: what they leave out is made up for by those that follow
-    (docs/sparsity.md, what was tried).
+    Products may be in half precision: supports are as good (docs/sparsity.md, what was tried), and the refit's are exact in the end.
     """
     lam, Q = problem.inputs
     sigma, U, common = problem.outputs or (None, None, 1.0)
-    exact = _Bases.of(Q, U, problem.dtype)
-    bases = exact if (rough := rough_dtype(Q)) is None else _Bases.of(Q, U, rough)
+    bases = _Bases.of(Q, U, rough_dtype(Q) or problem.dtype)
     CQ = C.to(problem.dtype) @ Q
     B = start.to(problem.dtype)
     mask = supports.nearest(B.square())
@@ -181,8 +172,6 @@ def search(
         still = still + 1 if changed == 0 else 0
         if still >= _STILL:
             break
-        if changed == 0:
-            bases = exact
         growth = next(factor for share, factor in _GROWTH if changed >= share)
         rho *= growth
         E /= growth

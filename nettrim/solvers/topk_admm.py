@@ -137,7 +137,7 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
             index, gram = found
             supports, C = dataclasses.replace(narrower, kept=min(most, supports.kept)), C[:, index]
     assert gram.G is not None
-    quadratic, column, row = normalised(gram.G, program.metric, dtype, gram)
+    quadratic, column, row = normalised(gram.G, program.S, dtype, gram)
     return _Problem(program, supports, quadratic, index, column, row, C / column * row)
 
 
