@@ -13,7 +13,7 @@ from torch import Tensor
 _WORTHWHILE = 0.05  # share of inputs that are always 0 from which a matrix of the others pays
 _IN_CACHE = 2**16  # elements: a copy in float64 of no more need not leave the processor's cache
 _STRIPS = 8
-_ROWS = 512  # converted to float64 at a time: as they are multiplied they are still in the processor's cache
+CACHED_ROWS = 512  # converted to float64 at a time: as they are multiplied they are still in the processor's cache
 _UNIT = 48  # columns: a multiple of what the kernels of products take at a time; strips of other widths take half as long again
 
 
@@ -128,7 +128,7 @@ def moments(gram: Gram, rows: Iterable[tuple[Tensor, Tensor]], W: Tensor | None 
     """
     G, summed = None, None
     for part, targets in rows if gram.G is None or W is None else ():
-        for few, aims in zip(part.split(_ROWS), targets.split(_ROWS), strict=True):
+        for few, aims in zip(part.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True):
             A = few.double()
             if gram.G is None:
                 G = A.new_zeros(A.shape[1], A.shape[1]) if G is None else G

@@ -16,7 +16,7 @@ from nettrim.activations import Activation, Norm
 from nettrim.calibration import Run
 from nettrim.capture import Seen
 from nettrim.errors import RouteError
-from nettrim.grams import Gram, Moments, moments, square_sum
+from nettrim.grams import CACHED_ROWS, Gram, Moments, moments, square_sum
 from nettrim.layers import Matrix
 from nettrim.layers.convolution import Convolutional
 from nettrim.layers.linear import is_linear
@@ -318,8 +318,7 @@ def _made_of(matrix: Matrix, seen: Seen) -> bool:
 
 def _add_cross(cross: Tensor | None, matrix: Matrix, dense: Tensor, disturbed: Tensor) -> Tensor:
     """``AᵀÂ`` and what it was before, float64, chunk by chunk."""
-    step = max(1, observation.UNFOLDED_ELEMENTS // (2 * dense.shape[1]))
-    for ours, theirs in zip(dense.split(step), disturbed.split(step), strict=True):
+    for ours, theirs in zip(dense.split(CACHED_ROWS), disturbed.split(CACHED_ROWS), strict=True):
         A, disturbed_rows = matrix.with_ones(ours.double()), matrix.with_ones(theirs.double())
         cross = A.T @ disturbed_rows if cross is None else cross.addmm_(A.T, disturbed_rows)
     assert cross is not None

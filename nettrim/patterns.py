@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,33 +14,40 @@ from torch import Tensor
 
 from nettrim.errors import ArgumentError
 
+_SMALL = 64  # scores of a group, up to which comparing all pairs is faster than a sort
+
 
 def largest(scores: Tensor, count: int) -> Tensor:
     """Where the ``count`` largest of the scores (K,) are: bool, with exactly so many True; of equal ones the first."""
     if not 0 < count < scores.numel():
         return torch.full_like(scores, count > 0, dtype=torch.bool)
-    if scores.device.type == "cpu":  # a selection, many times as fast as torch's
-        cut = scores.numel() - count
-        threshold = float(np.partition(scores.numpy(), cut)[cut])
+    if scores.device.type == "cpu":  # numpy selects and compares many times as fast as torch
+        values, cut = scores.numpy(), scores.numel() - count
+        threshold = float(np.partition(values, cut)[cut])
+        chosen = torch.from_numpy(values >= threshold)
     else:
         threshold = float(scores.topk(count).values[-1])
-    chosen = scores >= threshold
+        chosen = scores >= threshold
     if (over := int(chosen.count_nonzero()) - count) > 0:
         equal = (scores == threshold).nonzero()
         chosen[equal[len(equal) - over :]] = False
     return chosen
 
 
-def _ranks(groups: Tensor) -> Tensor:
-    """How many scores of its group (.., m) each is behind; of equal ones the first leads. For small m several times as fast as a selection."""
-    scores = groups.movedim(-1, 0).contiguous()
-    ranks = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
+def first_of_groups(groups: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest scores of each group (.., m) are: bool; of equal ones the first."""
+    if groups.device.type != "cpu" or groups.shape[-1] > _SMALL:
+        best = groups.argsort(dim=-1, descending=True, stable=True)[..., :count]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+    # every score counts those that it is behind: for small groups several times as fast as a sort
+    scores = groups.movedim(-1, 0).contiguous().numpy()
+    behind = np.zeros(scores.shape, dtype=np.uint8)
     for later in range(1, len(scores)):
         for earlier in range(later):
-            leads = scores[earlier] >= scores[later]
-            ranks[later] += leads
-            ranks[earlier] += ~leads
-    return ranks.movedim(0, -1)
+            leads = (scores[earlier] >= scores[later]).view(np.uint8)
+            behind[later] += leads
+            behind[earlier] += 1 - leads
+    return torch.from_numpy(np.stack(list(behind < count), -1))
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Pattern:
         M, N = scores.shape
         if self.kept_of is not None:
             n, m = self.kept_of
-            return (_ranks(scores.view(M, N // m, m)) < n).reshape(M, N)
+            return first_of_groups(scores.view(M, N // m, m), n).view(M, N)
         R, C = self.block_of(N)
         if (R, C) == (1, 1):
             return largest(scores.flatten(), kept).view(M, N)
@@ -172,16 +180,20 @@ class Supports:
     counted: Tensor
     allowed: Tensor | None
 
+    @cached_property
+    def _free(self) -> Tensor:
+        """Indices of the columns that do not count."""
+        return (~self.counted).nonzero().flatten()
+
     def nearest(self, scores: Tensor) -> Tensor:
         """The support (M, N) with the largest sum of the ``scores``, all at least 0."""
         if self.allowed is not None:
             scores = torch.where(self.allowed, scores, -1.0)
-        free = int((~self.counted).count_nonzero())
-        if free == 0:
+        if len(self._free) == 0:
             mask = self.pattern.mask(scores, self.kept)
         elif self.pattern.single:  # what does not count leads
-            leading = scores.clamp(max=torch.finfo(scores.dtype).max).masked_fill_(~self.counted, torch.inf)
-            mask = self.pattern.mask(leading, self.kept + free * len(scores))
+            leading = scores.clamp(max=torch.finfo(scores.dtype).max).index_fill_(1, self._free, torch.inf)
+            mask = self.pattern.mask(leading, self.kept + len(self._free) * len(scores))
         else:
             mask = torch.ones_like(scores, dtype=torch.bool)
             mask[:, self.counted] = self.pattern.mask(scores[:, self.counted], self.kept)

@@ -2,13 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nettrim import ArgumentError
-from nettrim.patterns import UNSTRUCTURED, Supports, make_supports, parse
+from nettrim import ArgumentError, patterns
+from nettrim.patterns import UNSTRUCTURED, Supports, first_of_groups, largest, make_supports, parse
 
 
 def scores(M: int, N: int, seed: int) -> torch.Tensor:
@@ -43,6 +44,23 @@ def test_n_of_m_keeps_the_n_largest_of_every_m(n, m, groups, M, seed):
     assert pattern.allows(mask)
     if n < m:
         assert not pattern.allows(torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("small", (0, 64), ids=("by sorting", "by comparing"))
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(1, 12), seed=st.integers(0, 20), data=st.data())
+def test_of_equal_scores_the_first_are_kept(small, m, seed, data):
+    n = data.draw(st.integers(1, m))
+    groups = torch.randint(0, 3, (5, 4, m), generator=torch.Generator().manual_seed(seed)).float()
+    expected = torch.zeros_like(groups, dtype=torch.bool)
+    for place in np.ndindex(5, 4):
+        expected[place][sorted(range(m), key=lambda j: (-float(groups[place][j]), j))[:n]] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "_SMALL", small)
+        assert torch.equal(first_of_groups(groups, n), expected)
+    flat = groups.flatten()
+    chosen = largest(flat, n)
+    assert chosen.tolist() == [j in sorted(range(len(flat)), key=lambda j: (-float(flat[j]), j))[:n] for j in range(len(flat))]
 
 
 def test_blocks_are_kept_whole_and_the_heaviest():
