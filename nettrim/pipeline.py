@@ -174,7 +174,8 @@ def execute(task: Task, options: Options) -> PruneResult:
         batchnorm.recalibrate(pruned, solve_on, run)
         why_not = "the BatchNorms' statistics were estimated again, and the layers' promises are about those before"
     elif why_not is None:  # values may decide what runs
-        why_not = traced.unlike(trace(pruned, solve_on, run, last_pass.add if isinstance(route, Whole) else None))
+        whole = (last_pass.add, None, route.played) if isinstance(route, Whole) else ()
+        why_not = traced.unlike(trace(pruned, solve_on, run, *whole))
     guaranteed = None if why_not is not None else network_bound(model, pruned, traced, promises, options.mode)
     parts = [part for part in (solve_on, keep_out) if part]
     outputs: list[tuple[Tensor, Tensor]] | list[Apart]

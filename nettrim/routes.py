@@ -24,6 +24,7 @@ from nettrim.capture import Seen
 from nettrim.layers import copy_of
 from nettrim.memory import give_back
 from nettrim.passes import evaluation
+from nettrim.replay import Replay
 from nettrim.stages import Block, Part, Stage
 from nettrim.tracing import Trace, TracedLayer
 
@@ -42,12 +43,18 @@ class Whole:
         seen: list[dict[str, Seen]] | None = None,
     ) -> None:
         self._parts = model, pruned, run, Part(solve, solve), Part(held, held), device
-        self._seen = seen
+        self._seen, self._replay = seen, Replay()
 
     def stages(self, chosen: list[TracedLayer]) -> Iterator[Stage]:
         """The stages, one behind the other; the next is to be asked for when the layers of the one before it are done."""
         little = sum(layer.rows * sum(layer.matrix.shape) for layer in chosen) <= observation.HELD_ELEMENTS // 4
-        yield Block(chosen, *self._parts, seen=self._seen) if little else Stage(chosen, *self._parts)
+        stage = Block(chosen, *self._parts, seen=self._seen) if little else Stage(chosen, *self._parts)
+        self._replay = stage.replay if isinstance(stage, Block) else Replay()
+        yield stage
+
+    def played(self, index: int, _aside: object) -> AbstractContextManager[None]:
+        """A context in which the pruned network does not compute again what its layers were seen to put out as they are stored."""
+        return self._replay.played(index)
 
 
 @dataclass(eq=False)

@@ -93,7 +93,7 @@ def survey(
 
     # of a network that may be one of blocks, all that its layers are given is much
     holding = None if named is not None else Holding(layers.matrices(model), device, HELD_ELEMENTS // 4)
-    traced = trace(model, solve_on, run, note, suffices=suffices, taking=None if holding is None else holding.taking)
+    traced = trace(model, solve_on, run, note, suffices=suffices, within=None if holding is None else holding.taking)
     if not found:
         found.append(tried(traced))
     elif found[0][0] is not None and not traced.of_first:

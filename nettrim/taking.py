@@ -134,12 +134,12 @@ class Holding:
         self._device, self._left = device, limit
 
     @contextmanager
-    def taking(self, aside: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """Take the batch that is run in this context; what is done under ``aside`` is no operation of the network."""
+    def taking(self, index: int, aside: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Take the batch ``index``, which is run in this context; what is done under ``aside`` is no operation of the network."""
         if self.batches is None:
             yield
             return
-        one = _Lenient(self._matrices, len(self.batches), self._device, self._copy, aside)
+        one = _Lenient(self._matrices, index, self._device, self._copy, aside)
         with one.hooks():
             yield
         self.batches = None if one.failed or self._left < 0 else [*self.batches, one.found]

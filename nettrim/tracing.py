@@ -128,7 +128,7 @@ def trace(
     run: Run,
     note: Callable[[Any, int], None] | None = None,
     suffices: Callable[[Trace], Fraction | None] | None = None,
-    taking: Callable[[Callable[[], AbstractContextManager[None]]], AbstractContextManager[None]] | None = None,
+    within: Callable[[int, Callable[[], AbstractContextManager[None]]], AbstractContextManager[None]] | None = None,
 ) -> Trace:
     """Run the network on every batch and find its layers, their order, their activations and what they read.
 
@@ -145,8 +145,8 @@ def trace(
     suffices : callable(Trace), optional
         Is asked, where no values that layers computed were seen to decide what runs, whether the trace of the first of several batches is enough:
         how many times its rows there are in all of them, or None where it is not.
-    taking : callable(aside), optional
-        A context that each forward pass is to run in; what is done there under ``aside()`` is not the network's.
+    within : callable(batch's index, aside), optional
+        A context that its forward pass is to run in; what is done there under ``aside()`` is not the network's.
 
     Returns
     -------
@@ -177,7 +177,7 @@ def trace(
     with evaluation(model):
         for index, batch in enumerate(batches):
             recorder = Recorder(supported)
-            with recorder.hooks(), recorder, nullcontext() if taking is None else taking(recorder.aside):
+            with recorder.hooks(), recorder, nullcontext() if within is None else within(index, recorder.aside):
                 output = run_batch(model, batch, index, run)
             recorder.finish(output)
             if note is not None:

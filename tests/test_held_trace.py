@@ -102,7 +102,7 @@ class Broken(nn.Sequential):
 )
 def test_nothing_is_held(model: nn.Module, limit: int) -> None:
     holding = Holding(layers.matrices(model), None, limit)
-    trace(model, calibration.batches(list(samples(200, 20).split(50))), calibration.runner(), taking=holding.taking)
+    trace(model, calibration.batches(list(samples(200, 20).split(50))), calibration.runner(), within=holding.taking)
     assert holding.batches is None
     assert all(not module._forward_hooks for module in model.modules())
 
@@ -126,7 +126,7 @@ def test_a_network_that_is_no_chain_is_looked_at_by_itself(surveys: list[surveyi
 def test_taking_leaves_the_trace_as_it_is() -> None:
     model, batches = chain(20, 16, 24, 6), calibration.batches(list(samples(200, 20).split(50)))
     holding = Holding(layers.matrices(model), None, 10**6)
-    found, expected = (trace(model, batches, calibration.runner(), taking=how) for how in (holding.taking, None))
+    found, expected = (trace(model, batches, calibration.runner(), within=how) for how in (holding.taking, None))
     alone = [[dataclasses.replace(layer, matrix=expected.layers[0].matrix) for layer in one.layers] for one in (found, expected)]
     assert alone[0] == alone[1] and found.skipped == expected.skipped
     assert found.chain and holding.batches is not None and len(holding.batches) == 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import same_bits, state_of
+from networks import chain, same_bits, samples, state_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,6 +135,30 @@ def test_each_stored_layer_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> 
     nettrim.prune(model, data(), **ASKED, blocks="blocks", targets="blocks.*")
     batches, own = len(data()), {name: count for name, count in computed.items() if name in dict(model.blocks[0].named_modules()) and name}
     assert own == dict.fromkeys(own, 3 * batches) and len(own) == 5  # three blocks; those of the dense network have no name here
+
+
+@pytest.mark.parametrize("hooked", (False, True), ids=("", "with a hook"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_the_last_pass_of_a_chain_measures_what_the_network_puts_out(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, hooked: bool) -> None:
+    """To the bit, without a layer computed again: those that were stored have put the same out when they were measured."""
+    model, computed = chain(20, 33, 17, 5).to(dtype), Counter[int]()
+    inputs = list(samples(200, 20).to(dtype).split(70))
+    if hooked:
+        model[2].register_forward_hook(lambda module, args, out: 2 * out)
+    original = nn.Linear.forward
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        computed[id(self)] += 1
+        return original(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    result = nettrim.prune(model, inputs, sparsity={"*": 0.7}, holdout=0.0)
+    own = [computed[id(module)] for module in result.model if isinstance(module, nn.Linear)]
+    assert own == ([3, 3, 3] if result.report.certificate.guaranteed is not None else own)
+    assert hooked or result.report.certificate.guaranteed is not None
+    with torch.no_grad():
+        dense, pruned = (torch.cat([each(x) for x in inputs]).double() for each in (model, result.model))
+    assert result.report.certificate.measured == float((pruned - dense).norm()) > 0
 
 
 class TestReplay:
