@@ -108,8 +108,8 @@ def measure(matrix: Matrix, layer: Layer, distance: Callable[[Tensor, Tensor], T
             apart += here if layer.function is None else _apart(layer, Z, U)
             if aim is not None:
                 plain = layer.function is None and aim.metric is None and more is None  # the same residual
-                D = Z - (U if more is None else U + more)
-                weighed += here if plain else square_sum(D) if aim.metric is None else aim.metric.square(D)
+                D = None if plain else Z - (U if more is None else U + more)
+                weighed += here if D is None else square_sum(D) if aim.metric is None else aim.metric.square(D)
         sums.add(rows[0])
     left *= layer.lipschitz**2
     return Measured(Promise(math.sqrt(left), None, layer.rows, math.sqrt(output), sums.norm), math.sqrt(apart), weighed)

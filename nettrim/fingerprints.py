@@ -16,6 +16,7 @@ from nettrim.digests import add_bits
 from nettrim.options import Options
 
 _HASH = "sha256 "
+_WAY = 2  # of solving: raised where the same call comes to give other weights, or to keep other things in its folder
 _MOST_NAMED = 8
 
 
@@ -27,7 +28,8 @@ def of_run(
     ``on_failure`` is not in it: it decides what becomes of a layer that fails, not what a layer that was solved is. A ``forward_fn`` counts by its
     name, since code cannot be compared.
     """
-    found = {"nettrim version": nettrim.__version__, "model structure": _text_hash(re.sub(r" at 0x[0-9a-f]+", "", repr(model)))}
+    found = {"nettrim version": nettrim.__version__, "way of solving": str(_WAY)}
+    found["model structure"] = _text_hash(re.sub(r" at 0x[0-9a-f]+", "", repr(model)))
     found["model's modules"] = _text_hash(json.dumps([(name, _name(type(module))) for name, module in model.named_modules()]))
     tensors: dict[str, Tensor] = {f"model parameter {name!r}": value for name, value in model.named_parameters(remove_duplicate=False)}
     tensors |= {f"model buffer {name!r}": value for name, value in model.named_buffers(remove_duplicate=False)}

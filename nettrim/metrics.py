@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nettrim.grams import column_squares, square_sum
 
 _OWN, _SHARED = 0.8, 1.2  # eigenvalues, of unit rows: up to the one they are replaced by a mean, from the other on they stay
 _NONE = 1e-6  # of unit rows: an eigenvalue so close to the mean is the mean
@@ -44,10 +47,10 @@ class Metric:
 
         With ``S = D (Σ_i λ_i u_i u_iᵀ) D``, ``D² = diag(S)``, whose eigenvalues have mean 1, and ``h`` that rises from 0 at 0.8 to 1 at 1.2,
 
-            ``D (c I + Σ_i h(λ_i) (λ_i − c) u_i u_iᵀ) D,    c = Σ (1 − h(λ_i)) λ_i / Σ (1 − h(λ_i))``
+            ``D (c I + Σ_i max(h(λ_i) (λ_i − c), 0) u_i u_iᵀ) D,    c = Σ (1 − h(λ_i)) λ_i / Σ (1 − h(λ_i))``
 
-        has the same trace within ``D`` and is continuous in ``S``, so that another rounding does not make it another one. What an estimate of S says
-        of its small eigenvalues is noise for the most part: networks pruned in the one and in the other are as close (docs/sparsity.md).
+        is continuous in ``S``, so that another rounding does not make it another one; for c ≤ 0.8 what is within ``D`` has the trace it had. What
+        an estimate says of its small eigenvalues is noise for the most part: networks pruned in either are as close (docs/sparsity.md).
         """
         D = S.diagonal().sqrt()
         values, U = eigen(S / D / D[:, None])
@@ -62,8 +65,15 @@ class Metric:
         return Metric(self.own.to(like), self.F.to(like))
 
     def of_outputs(self, outputs: slice) -> Metric:
-        """The part for some of the outputs."""
-        return Metric(self.own[outputs], self.F[outputs])
+        """The part for some of the outputs, with no more directions than there are of these."""
+        own, F = self.own[outputs], self.F[outputs]
+        if len(own) == 1:
+            return Metric(own + F.square().sum(1), F[:, :0])
+        return Metric(own, F if len(own) >= F.shape[1] else torch.linalg.qr(F.T, mode="r").R.T)
+
+    def times(self, factor: float) -> Metric:
+        """A multiple of it."""
+        return Metric(self.own * factor, self.F * math.sqrt(factor))
 
     def scaled(self, rows: Tensor) -> Metric:
         """That of errors multiplied by ``rows``, (M, 1)."""
@@ -92,8 +102,8 @@ class Metric:
 
     def square(self, D: Tensor) -> float:
         """``Σ_p d_pᵀ S d_p`` of residuals (P, M); products in its own dtype, sums in float64."""
-        total = float(torch.mv(D.double().square(), self.own.double()).sum())
-        return total + float((D.to(self.F) @ self.F).double().square().sum()) if self.couples else total
+        total = float(torch.dot(column_squares(D), self.own.double()))
+        return total + square_sum(D.to(self.F) @ self.F) if self.couples else total
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nettrim.errors import ArgumentError
 
-_SMALL = 64  # scores of a group, up to which comparing all pairs is faster than a sort
+_SMALL = 16  # scores of a group, up to which comparing all pairs is faster than a sort
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -70,7 +70,7 @@ class LayerProgram:
         The objective beside a budget: the papers' ``Σ ω|w|``, or the number of weights kept.
     pattern : str
         Of ``nonzeros`` programs: see :func:`nettrim.patterns.parse`. ``"n:m"`` says the number itself.
-    metric : Metric, Tensor or ndarray, (M, M) or (M,), optional
+    metric : Tensor or ndarray, (M, M) or (M,), optional
         Of ``nonzeros`` programs without a ReLU: ``S``, symmetric and positive semidefinite (or its diagonal), which weighs errors of the outputs
         against each other: the misfit is ``Σ_p d_pᵀ S d_p``, with ``d_p`` the rows of ``D``.
     support : Tensor or ndarray, (M, N) bool, optional

@@ -1,6 +1,7 @@
 """What stored linear layers put out, batch by batch: what was computed to measure them is not computed again in the passes behind them.
 
 A later pass gives a layer the same input, since only layers behind it have changed: where it is another, as in a second call, the layer computes.
+In the last pass, which measures the network, that is looked at: a network may have noise in it, or change from call to call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Replay:
 
     def __init__(self) -> None:
         self._known: dict[nn.Module, tuple[_State, list[Tensor]]] = {}
+        self._marks: dict[nn.Module, list[Tensor]] = {}
 
     @staticmethod
     def runs_alone(matrix: Matrix, inputs: Iterable[Tensor]) -> bool:
@@ -37,11 +39,13 @@ class Replay:
 
         Returns all outputs (``rows``, M) as one tensor, where there are so many.
         """
-        room = Room(rows)
+        room, marks, found = Room(rows), [], []
         # its forward alone: its hooks run when the outputs are played; a copy, since products are rounded by where their factors begin in memory
         with torch.no_grad():
-            found = [room.put(module.forward(x.clone())) for x in inputs]
-        self._known[module] = _state(module), found
+            for x in map(Tensor.clone, inputs):
+                marks.append(_mark(x))
+                found.append(room.put(module.forward(x)))
+        self._known[module], self._marks[module] = (_state(module), found), marks
         return room.rows
 
     def outputs_of(self, module: nn.Module) -> list[Tensor]:
@@ -52,12 +56,15 @@ class Replay:
         return found if same else []
 
     @contextmanager
-    def played(self, index: int) -> Iterator[None]:
-        """Let the layers return what is known of them in batch ``index``, once each; hooks run as before. Inside `nettrim.passes.evaluation`."""
+    def played(self, index: int, *, looking: bool = False) -> Iterator[None]:
+        """Let the layers return what is known of them in batch ``index``, once each; hooks run as before. Inside `nettrim.passes.evaluation`.
+
+        ``looking`` at what they are given: where it is not what it was, they compute.
+        """
         with ExitStack() as stack:
             for module in self._known:
                 if found := self.outputs_of(module):
-                    once = _Once(found[index])
+                    once = _Once(found[index], self._marks[module][index] if looking else None)
                     stack.callback(module.register_forward_pre_hook(once.called).remove)
                     stack.enter_context(replaced(module, partial(once.forward, module, module.forward)))
             yield
@@ -66,9 +73,9 @@ class Replay:
 class _Once:
     """One output, for the first call of a module as a module: not for one of its forward, which no hook sees."""
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: Tensor, mark: Tensor | None) -> None:
         self._output: Tensor | None = output
-        self._called = False
+        self._mark, self._called = mark, False
 
     def called(self, module: nn.Module, args: Any) -> None:
         self._called = True
@@ -77,6 +84,8 @@ class _Once:
         x, output = Call(args, kwargs, None).argument(module), self._output
         called, self._called = self._called, False
         if not called or output is None or not _fits(x, output) or torch.is_autocast_enabled(x.device.type):
+            return own(*args, **kwargs)
+        if self._mark is not None and not torch.equal(_mark(x), self._mark):
             return own(*args, **kwargs)
         self._output = None
         return output.clone().view(*x.shape[:-1], output.shape[1])
@@ -90,6 +99,12 @@ def _fits(x: Any, rows: Tensor) -> bool:
     if not isinstance(x, Tensor) or not x.is_contiguous() or not is_aligned(x):
         return False
     return x.dtype == rows.dtype and x.device == rows.device and x.shape[:-1].numel() == len(rows)
+
+
+def _mark(x: Tensor) -> Tensor:
+    """One number a row, by which inputs that differ are told apart: their product with a direction that has no zeros."""
+    wide = x.flatten(0, -2) if x.dtype == torch.float64 else x.flatten(0, -2).float()
+    return wide @ torch.linspace(1, 2, x.shape[-1], dtype=wide.dtype, device=x.device).sin()
 
 
 def _state(module: nn.Module) -> _State:

@@ -53,8 +53,8 @@ class Whole:
         yield stage
 
     def played(self, index: int, _aside: object) -> AbstractContextManager[None]:
-        """A context in which the pruned network does not compute again what its layers were seen to put out as they are stored."""
-        return self._replay.played(index)
+        """A context in which the pruned network does not compute again what its layers put out, as they are stored, of what they are given."""
+        return self._replay.played(index, looking=True)
 
 
 @dataclass(eq=False)

@@ -29,6 +29,7 @@ from nettrim import layers
 from nettrim.blockwise import Chain
 from nettrim.buffers import detach
 from nettrim.calibration import Run, run_batch
+from nettrim.errors import ArgumentError
 from nettrim.grams import add_gram, symmetric
 from nettrim.memory import give_back
 from nettrim.metrics import Metric
@@ -137,7 +138,7 @@ def _output_metrics(
             for buffer in model.buffers():
                 detach(buffer)  # else the next batch's graph would begin in this one's
     means = {name: found.double() / (sizes[name] or 1.0) for name, found in sums.items()}
-    return {name: _damped(found if found.ndim == 1 else symmetric(found), sums[name].dtype) for name, found in means.items()}
+    return {name: _damped(name, found if found.ndim == 1 else symmetric(found), sums[name].dtype) for name, found in means.items()}
 
 
 def _gradients(ends: list[Tensor], directions: list[Tensor], of: list[Tensor], *, retain_graph: bool = False) -> tuple[Any, ...]:
@@ -193,13 +194,20 @@ def _walked(
     return True
 
 
-def _damped(S: Tensor, dtype: torch.dtype) -> Metric:
+def _damped(name: str, S: Tensor, dtype: torch.dtype) -> Metric:
     diagonal = S if S.ndim == 1 else S.diagonal()
     mean = float(diagonal.mean())
-    if not mean > 0:  # nothing that this layer does is felt: all its errors count alike
+    if mean == 0:  # nothing that this layer does is felt: all its errors count alike
         return Metric.of(torch.ones_like(diagonal, dtype=dtype))
-    diagonal += _DAMPING * mean
-    return Metric.of(S.to(dtype)) if S.ndim == 1 else Metric.leading(S.to(dtype))
+    range_of = torch.finfo(dtype)
+    if not range_of.tiny / range_of.eps < mean < range_of.max * range_of.eps:
+        raise ArgumentError(
+            f"the gradients of the network's output by layer {name!r} have a mean square of {mean:.3g}; expected one well within the range of "
+            f"{str(dtype).removeprefix('torch.')}: give the model in a wider dtype, or fidelity='layer' and allocation='uniform'"
+        )
+    S = S / mean
+    (S if S.ndim == 1 else S.diagonal()).add_(_DAMPING)
+    return (Metric.of(S.to(dtype)) if S.ndim == 1 else Metric.leading(S.to(dtype))).times(mean)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def test_of_very_wide_layers_the_diagonal_is_taken(monkeypatch):
     monkeypatch.setattr("nettrim.sensitivity._WIDEST", 4)
     found = output_metrics(model, calibration.batches(inputs), calibration.runner(), layers_of(model, inputs), 0)
     assert found["2"].couples and not found["0"].couples
-    torch.testing.assert_close(found["0"].own, sums[0].diagonal())
+    torch.testing.assert_close(found["0"].own / found["0"].own.mean(), sums[0].diagonal() / sums[0].diagonal().mean())
     torch.testing.assert_close(found["2"].matrix, whole["2"].matrix)
     assert nettrim.prune(model, inputs, sparsity={"*": 0.5}).report.certificate.holds
 
@@ -177,3 +177,15 @@ def test_curves_are_measured_once_for_several_trials(digits_network, monkeypatch
     result = nettrim.prune(model, calibration_samples, budget=0.2)
     assert len(calls) == 1
     assert result.report.certificate.relative_measured <= 0.2
+
+
+@pytest.mark.parametrize("factor", (1e-20, 1e20))
+def test_gradients_beyond_the_range_of_the_layers_dtype_are_an_error_that_names_the_layer(factor):
+    model = chain(6, 5, 3)
+    with torch.no_grad():
+        model[2].weight.mul_(factor)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArgumentError, match=r"by layer '0' have a mean square of .*expected one well within the range of float32"):
+        nettrim.prune(model, samples(50, 6), sparsity={"*": 0.5})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert nettrim.prune(model, samples(50, 6), sparsity={"*": 0.5}, fidelity="layer").report.certificate.holds

@@ -151,8 +151,8 @@ def test_the_work_grows_with_the_depth_and_not_with_its_square() -> None:
 
 def test_layers_with_one_input_share_one_factorisation(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    original = support._eigen
-    monkeypatch.setattr(support, "_eigen", lambda G, dtype: made.append(G) or original(G, dtype))
+    original = support.eigen
+    monkeypatch.setattr(support, "eigen", lambda G: made.append(G) or original(G))
     prune(decoder(1), [TOKENS], **ASKED, targets=["blocks.*"], blocks="blocks")
     assert len(made) == 4  # query and key; out; gate and up; down
 

@@ -129,6 +129,15 @@ def test_the_folder_of_another_run_is_refused_by_what_differs(tmp_path: Path, ot
     assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
+def test_the_folder_of_another_way_of_solving_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers would be behind others, and in another metric."""
+    monkeypatch.setattr("nettrim.fingerprints._WAY", 1)
+    prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"way of solving \(there 1, now 2\)"):
+        prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path)
+
+
 def test_the_folder_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prune(model(), INPUTS, epsilon=0.2, checkpoint_dir=tmp_path)
     monkeypatch.setattr(nettrim, "__version__", "9.9")

@@ -71,6 +71,7 @@ def test_conjugate_gradients_stop_where_little_of_the_misfit_is_left_to_gain(sha
     monkeypatch.setattr(refits, "rough_dtype", lambda like: half)
     found = refit(problem, C, mask, start)
     assert not bool(found.W[~mask].any())
+    # at 0.9 with a metric it is the limit of steps that ends them
     assert problem.value(found.W, C) - best <= 0.03 * (best - least)
 
 
@@ -108,3 +109,13 @@ def test_inputs_that_are_always_zero_or_the_same_are_no_trouble():
     C = row * (Y.T @ A) / column
     found = refit(problem, C, torch.rand(4, 10, generator=torch.Generator().manual_seed(1)) < 0.7)
     assert bool(found.W.isfinite().all()) and problem.value(found.W, C) < 0
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_a_start_that_is_worse_than_no_weights_is_left(metric, monkeypatch):
+    """On the way back from it all digits would be lost."""
+    problem, C, mask, start, best, least = posed(0.3, metric)
+    monkeypatch.setattr(refits, "_CHOLESKY_WORK", 0.0)
+    assert problem.value(1e4 * start.double(), C) > 0
+    found = refit(problem, C, mask, 1e4 * start)
+    assert problem.value(found.W, C) - best <= 0.03 * (best - least)

@@ -21,7 +21,7 @@ _CG_STEPS = 120
 _CG_ROUGH_STEPS = 40  # with products in half precision, from one exact residual
 _CG_LAST = 4  # steps whose part in the value tells when to stop
 _CHOLESKY_WORK = 1e8  # flops of exact refits from which conjugate gradients do
-_SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
+SINGULAR = 1e-10  # of the unit diagonal, added to a support's Gram matrix; more where its factorisation fails
 _SETTLED = {torch.float32: 3e-4, torch.float64: 1e-12}  # of what the value is over the least: what the last steps took off it together
 
 
@@ -38,15 +38,16 @@ class Fit:
     cost: Tensor | None = None
 
 
-def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = None, *, costs: bool = False) -> Fit:
+def refit(problem: Quadratic, C: Tensor, mask: Tensor, start: Tensor | None = None, *, costs: bool = False, ridge: float = SINGULAR) -> Fit:
     """``argmin ½⟨S W G, W⟩ − ⟨S C, W⟩`` on a support.
 
     Without a metric by Cholesky factors of every neuron's own Gram matrix; where those would cost too much, and with a metric, which couples the
-    neurons, by conjugate gradients from ``start`` (0 if not given: many more steps), until little is left to gain, or their limit.
+    neurons, by conjugate gradients from ``start`` (0 if not given: many more steps), until little is left to gain, or their limit. Least squares of
+    all weights are damped by ``ridge``.
     """
     counts = mask.sum(1)
     if bool(mask.all()):  # W G = C for all neurons at once, whatever weighs their errors
-        factor = _factor(problem.G.clone())
+        factor = _factor(problem.G.clone(), ridge)
         W = torch.cholesky_solve(C.T, factor).T
         exact = torch.cholesky_inverse(factor).diagonal() if costs and problem.S is None else 1.0
         return Fit(mask, W, 0.5 * W.square() / exact if costs else None)
@@ -73,6 +74,8 @@ def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Ten
         operator = _Normal.of(problem, mask, half)
     C, W = C.to(problem.dtype), torch.where(mask, start.to(problem.dtype), 0.0)
     R = C - W @ exact.G
+    if float((problem.weigh(W) * (C + R)).sum()) < 0:  # -2 times its value: worse than no weights, from which no descent need come back
+        W, R = torch.zeros_like(W), C
     excess, gradient = problem.excess(R), exact.masked(R)
     rounded = ROUNDED[problem.dtype] ** 2 * float(exact.masked(C).square().sum())
     left = _CG_STEPS
@@ -157,9 +160,8 @@ def _batch(G: Tensor, C: Tensor, mask: Tensor, costs: bool) -> tuple[Tensor, Ten
     return W, torch.zeros_like(C).scatter_(1, index, torch.where(valid, 0.5 * solution.square() / inverse, 0.0))
 
 
-def _factor(grams: Tensor) -> Tensor:
+def _factor(grams: Tensor, shift: float = SINGULAR) -> Tensor:
     """Cholesky factors of Gram matrices (.., n, n) of unit diagonal, which are overwritten; with what it takes on their diagonals to be definite."""
-    shift = _SINGULAR
     while True:
         grams.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor, failed = torch.linalg.cholesky_ex(grams)

@@ -31,8 +31,8 @@ from nettrim.programs import LayerProgram
 from nettrim.residual import Measures
 from nettrim.solvers.base import History, Solution, judge
 from nettrim.solvers.feasibility import rounding_margin
-from nettrim.solvers.refits import Fit, refit
-from nettrim.solvers.support import Quadratic, normalised, search
+from nettrim.solvers.refits import SINGULAR, Fit, refit
+from nettrim.solvers.support import ROUNDED, Quadratic, normalised, search
 
 NAME = "topk_admm"
 _RENEWALS = 12  # of T, on the support found
@@ -59,6 +59,7 @@ class _Problem:
     column: Tensor  # (N,), √G_jj
     row: Tensor  # (M, 1), √S_mm; (1, 1) without a metric
     C: Tensor  # (M, N), of the present T
+    ridge: float  # of least squares of all weights: what ``G`` is rounded to, which weights of any size would be fitted to
     iterations: int = 0
     history: History = field(default_factory=History)
 
@@ -101,7 +102,7 @@ def run(program: LayerProgram, tol: float, max_iter: int, initial: Tensor | None
     began = time.perf_counter()
     problem = _pose(program, initial)
     supports = problem.supports
-    start = problem.inner(initial) if initial is not None else refit(problem.quadratic, problem.C, _everything(problem)).W
+    start = problem.inner(initial) if initial is not None else refit(problem.quadratic, problem.C, _everything(problem), ridge=problem.ridge).W
     if program.epsilon is None:
         fit = _solve(problem, supports, start, max_iter)
         W = problem.true(fit.W)
@@ -138,7 +139,8 @@ def _pose(program: LayerProgram, initial: Tensor | None) -> _Problem:
             supports, C = dataclasses.replace(narrower, kept=min(most, supports.kept)), C[:, index]
     assert gram.G is not None
     quadratic, column, row = normalised(gram.G, program.S, dtype, gram)
-    return _Problem(program, supports, quadratic, index, column, row, C / column * row)
+    rough = dtype == torch.float32 and (program.relu or program.moments is None)  # as `_sums` makes them
+    return _Problem(program, supports, quadratic, index, column, row, C / column * row, ROUNDED[dtype] if rough else SINGULAR)
 
 
 def _sums(program: LayerProgram, initial: Tensor | None, dtype: torch.dtype) -> tuple[Gram, Tensor]:
