@@ -34,16 +34,16 @@ class Replay:
         weight = matrix.weight
         return is_linear(matrix.kind) and all(x.dtype == weight.dtype and x.device == weight.device for x in inputs)
 
-    def record(self, module: nn.Module, inputs: Iterable[Tensor], rows: int) -> Tensor | None:
+    def record(self, module: nn.Module, inputs: Iterable[Tensor], rows: int, *, marked: bool = False) -> Tensor | None:
         """Run a module on its inputs, batch by batch. What it returns is played as long as its parameters stay as they are.
 
-        Returns all outputs (``rows``, M) as one tensor, where there are so many.
+        Returns all outputs (``rows``, M) as one tensor, where there are so many. With ``marked`` inputs those that differ can be told apart later.
         """
         room, marks, found = Room(rows), [], []
         # its forward alone: its hooks run when the outputs are played; a copy, since products are rounded by where their factors begin in memory
         with torch.no_grad():
             for x in map(Tensor.clone, inputs):
-                marks.append(_mark(x))
+                marks += [_mark(x)] if marked else []
                 found.append(room.put(module.forward(x)))
         self._known[module], self._marks[module] = (_state(module), found), marks
         return room.rows
@@ -59,7 +59,7 @@ class Replay:
     def played(self, index: int, *, looking: bool = False) -> Iterator[None]:
         """Let the layers return what is known of them in batch ``index``, once each; hooks run as before. Inside `nettrim.passes.evaluation`.
 
-        ``looking`` at what they are given: where it is not what it was, they compute.
+        ``looking`` at what they are given, which was marked: where it is not what it was, they compute.
         """
         with ExitStack() as stack:
             for module in self._known:

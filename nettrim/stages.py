@@ -253,7 +253,7 @@ class Block(Stage):
     def _stored(self, layer: TracedLayer, matrix: Matrix) -> Tensor | None:
         """What the stored layer puts out, all rows; None where it cannot be run alone."""
         given = [] if self._inputs is None else [seen.kept for seen in self._inputs[1]]
-        return self.replay.record(matrix.module, given, layer.rows) if self.replay.runs_alone(matrix, given) else None
+        return self.replay.record(matrix.module, given, layer.rows, marked=self.hidden is None) if self.replay.runs_alone(matrix, given) else None
 
     def pruned_ends(self) -> list[Tensor]:
         """What the pruned block puts out, batch by batch, if no pass is needed for it: it is the sum of its last layer's output, which was solved
