@@ -36,7 +36,7 @@ from nettrim.metrics import Metric
 from nettrim.passes import evaluation, tensors_in
 from nettrim.tracing import TracedLayer
 
-_DRAWS = 4  # of signs a batch, for a matrix; one for a diagonal
+_DRAWS = 2  # of signs a batch, for a matrix; one for a diagonal
 _SAMPLES = 2000  # of rows that are enough for a mean
 _WIDEST = 4096  # outputs up to which S is a matrix; above it is its diagonal
 _DAMPING = 0.1  # of the mean diagonal: errors that the output does not feel to first order are not free

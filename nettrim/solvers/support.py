@@ -28,7 +28,7 @@ from nettrim.precision import rough_dtype
 _FIRST_WEIGHT = 0.02  # ρ over the diagonal of G
 _ITERATIONS = 300
 _GROWTH = ((0.05, 1.1), (0.005, 1.06), (0.0, 1.04))  # of ρ an iteration, where more than so much of the support still changes
-_SLOWER = ((0.05, 1.08), (0.005, 1.05), (0.0, 1.04))  # of sparse supports without a metric, where an iteration costs less: 0.2 % less of a discrepancy
+_SLOWER = ((0.05, 1.08), (0.005, 1.05), (0.0, 1.04))  # of sparse supports without a metric: an iteration costs less; 0.2 % less discrepancy
 _RELAXATION = 1.7  # of sparse supports; at mild sparsities it leads astray (all-MiniLM at 50 % and 2:4: a misfit larger by 1 %)
 _SPARSE = 0.2  # share of the weights up to which
 _STILL = 5  # iterations without a change after which the support stands
