@@ -10,7 +10,7 @@ from test_topk_admm import inner_product, layer
 
 from nettrim.metrics import Metric
 from nettrim.patterns import UNSTRUCTURED, Supports
-from nettrim.solvers import refits
+from nettrim.solvers import refits, support
 from nettrim.solvers.refits import refit
 from nettrim.solvers.support import Quadratic, normalised, search
 
@@ -53,7 +53,9 @@ def posed(share: float, metric: bool):
     S = inner_product(30) + 5 * torch.eye(30, dtype=torch.float64) if metric else None
     problem, column, row = normalised(A.T @ A, None if S is None else Metric.of(S), torch.float32)
     C = row * (W @ A.T @ A) / column
-    mask, start = search(problem, C, Supports(UNSTRUCTURED, round(share * 1800), torch.ones(60, dtype=torch.bool), None), torch.zeros_like(C))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "rough_dtype", lambda Q: None)  # the same support and start on every processor
+        mask, start = search(problem, C, Supports(UNSTRUCTURED, round(share * 1800), torch.ones(60, dtype=torch.bool), None), torch.zeros_like(C))
     chosen, exact = mask.flatten(), torch.zeros(30 * 60, dtype=torch.float64)
     S = torch.eye(30, dtype=torch.float64) if problem.S is None else problem.S.matrix
     exact[chosen] = torch.linalg.solve(torch.kron(S, problem.G)[chosen][:, chosen], (S @ C).flatten()[chosen])
@@ -71,8 +73,7 @@ def test_conjugate_gradients_stop_where_little_of_the_misfit_is_left_to_gain(sha
     monkeypatch.setattr(refits, "rough_dtype", lambda like: half)
     found = refit(problem, C, mask, start)
     assert not bool(found.W[~mask].any())
-    # at 0.9 with a metric it is the limit of steps that ends them
-    assert problem.value(found.W, C) - best <= 0.03 * (best - least)
+    assert problem.value(found.W, C) - best <= 0.02 * (best - least)
 
 
 @pytest.mark.parametrize("factor", [0.01, 3.0])
@@ -118,4 +119,4 @@ def test_a_start_that_is_worse_than_no_weights_is_left(metric, monkeypatch):
     monkeypatch.setattr(refits, "_CHOLESKY_WORK", 0.0)
     assert problem.value(1e4 * start.double(), C) > 0
     found = refit(problem, C, mask, 1e4 * start)
-    assert problem.value(found.W, C) - best <= 0.03 * (best - least)
+    assert problem.value(found.W, C) - best <= 0.02 * (best - least)

@@ -67,7 +67,7 @@ def _conjugate_gradients(problem: Quadratic, C: Tensor, mask: Tensor, start: Ten
     """Conjugate gradients on ``S W G`` over the weights of the mask, all neurons at once, in the dtype of the search.
 
     Products are in half precision where the processor has it; every few steps start again from the exact residual ``R = C − W G``. Steps that did not
-    lower the value are taken back, and the last are in the dtype of the search.
+    lower the value are taken back, and the last are in the dtype of the search, unless the limit of steps comes first.
     """
     exact = operator = _Normal.of(problem, mask, problem.dtype)
     if (half := rough_dtype(exact.G)) is not None:

@@ -137,7 +137,7 @@ def search(
     ``renew``, where targets depend on the weights, gives the ``C`` of the ``W`` of the first step: it is asked in every iteration until the support
     is nearly found (asked every third time it left 2 to 3 % more of a discrepancy before a ReLU, asked only towards the end 5 %).
 
-    Products may be in half precision: supports are as good (docs/sparsity.md, what was tried), and the refit's are exact in the end.
+    Products may be in half precision: supports are as good (docs/sparsity.md, what was tried), and the refit goes by exact residuals.
     """
     lam, Q = problem.inputs
     sigma, U, common = problem.outputs or (None, None, 1.0)
